@@ -1,0 +1,193 @@
+"""Stage 1: posed images -> triplanes and the decoder that they share (section 3.1, Algorithm 1).
+
+    python fit.py --decoder                                    the decoder, on a subset of the avatars (task replay + IWC)
+    python fit.py                                              planes of all avatars under the frozen decoder
+    torchrun --standalone --nproc_per_node=8 fit.py ...        one avatar a GPU at a time; several machines: torchrun --nnodes
+    python fit.py --decoder --data lego --downscale 2 --seconds 200     one scene in NeRF-synthetic format with its own decoder
+
+Reads data/<id>/, writes fits/decoder.pt and fits/<id>.pt (fp16 planes). Finished avatars are skipped, so the same command goes on after
+an interruption. Both print the PSNR of held-out views, and write it to fits/decoder.json and fits/fit.json.
+"""
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import rodinhd as rh
+
+
+def load(folder, args):
+    """Training views, held-out views (or None) and box of an avatar."""
+    box = rh.read_box(folder)
+    return rh.load_views(folder, 'train', box, args.downscale), rh.load_views(folder, 'test', box, args.downscale, args.held_out), box
+
+
+def write_planes(path, planes, box, config, scores):
+    """One avatar's file: planes and low-resolution planes in fp16, box, held-out PSNR."""
+    half = planes.cpu().contiguous().half()
+    rh.write_checkpoint(path, 'planes', {
+        'planes': half, 'low': rh.resize_planes(planes.cpu(), config.base_resolution).half(),
+        'centre': box[0], 'half': box[1], 'psnr': scores})
+
+
+def summary(args, name, scores):
+    """Gathers {avatar: held-out PSNRs} of all ranks; rank 0 prints the table and writes it as JSON."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, scores)
+    if dist.get_rank() == 0:
+        table = {k: sum(v) / len(v) for part in gathered for k, v in sorted(part.items()) if v}
+        for key, value in table.items():
+            print(f'{key:32s} {value:6.2f} dB')
+        if table:
+            print(f'{"mean held-out PSNR":32s} {sum(table.values()) / len(table):6.2f} dB over {len(table)} avatars')
+        (args.fits / f'{name}.json').write_text(json.dumps({'psnr': table}, indent=1))
+
+
+def fit_decoder(args, config, rank, world, device):
+    """Task replay: outer rounds of short visits, one avatar a rank; the decoder's gradients are averaged over the ranks (Algorithm 1)."""
+    folders = rh.list_avatars(args.data)
+    count = min(config.fit_avatars, len(folders))
+    folders = [folders[i * len(folders) // count] for i in range(count)]        # spread, so that neighbours in name do not crowd it
+    outer, inner = (config.outer, config.inner) if count > 1 else (1, config.outer * config.inner)     # one avatar cannot be forgotten
+    rounds = -(-count // world)
+    folder, config_dict = args.fits / 'decoder-state', vars(config)
+
+    decoder = rh.Decoder(config).to(device)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=config.lr_decoder, betas=(0.9, 0.99), eps=1e-15,
+                                 weight_decay=config.weight_decay)
+    begin, history = 0, []
+    if (folder / 'state.pt').exists():                                          # an interrupted run: go on after its last round
+        state = rh.read_checkpoint(folder / 'state.pt', 'decoder-state')
+        if state['config'] != config_dict or state['world'] != world:
+            rh.stop(f'{folder}: an interrupted run with other settings or ranks; delete the folder to start anew')
+        decoder.load_state_dict(state['decoder'])
+        optimizer.load_state_dict(state['optimizer'])
+        begin, history = state['done'], state['history']
+    for p in decoder.parameters():                                              # all ranks start from rank 0's weights
+        dist.broadcast(p.data, 0)
+
+    bar = tqdm(total=outer * rounds, initial=begin, disable=rank > 0, desc='decoder')
+    for n in range(begin, outer * rounds):
+        e, place = n // rounds, n % rounds * world + rank
+        optimizer.param_groups[0]['lr'] = config.lr_decoder * 0.1 ** (e / outer)
+        if place < count:
+            path = folder / f'{folders[place].name}.pt'
+            views, held_out, box = load(folders[place], args)
+            saved = rh.read_checkpoint(path, 'visit') if e and path.exists() else None
+            planes = saved['planes'] if saved else rh.new_planes(config, decoder, torch.Generator().manual_seed(args.seed + place))
+            memory = saved['memory'] if saved and config.weight_iwc else None
+            if memory:
+                memory = {k: {m: v.to(device) for m, v in d.items()} for k, d in memory.items()}
+            terms = {}
+            planes, grid, memory = rh.fit_avatar(
+                views, planes, decoder, config, span=(e / outer, (e + 1) / outer), memory=memory, decoder_optimizer=optimizer,
+                steps=None if args.seconds else inner, seconds=args.seconds and args.seconds / outer, seed=args.seed + n,
+                sync=lambda: rh.average_gradients(decoder.parameters()), report=lambda done, t, terms=terms: terms.update(t))
+            rh.write_checkpoint(path, 'visit', {'planes': planes.cpu(), 'memory': memory, 'grid': grid.values.cpu()})
+        else:                                                                   # more ranks than avatars: keep step with the others
+            for _ in range(inner):
+                rh.average_gradients(decoder.parameters(), active=False)
+                optimizer.step()
+        dist.barrier()
+        if rank == 0:
+            fisher = max(v.max().item() for v in memory['fisher'].values())
+            record = {'visit': n, 'avatar': folders[place].name, 'fisher_max': fisher, **terms}
+            if args.watch:
+                record['first_avatar_psnr'] = watch(folders[0], folder, decoder, config, args)
+            history.append(record)
+            bar.set_postfix_str(f'rgb loss {terms["rgb"]:.5f}')
+            rh.write_checkpoint(folder / 'state.pt', 'decoder-state', {
+                'config': config_dict, 'world': world, 'done': n + 1, 'decoder': decoder.state_dict(),
+                'optimizer': optimizer.state_dict(), 'history': history})
+        bar.update()
+    bar.close()
+
+    if rank == 0:
+        rh.write_model(args.fits / 'decoder.pt', 'decoder', config, decoder.state_dict(), outer * rounds)
+        (args.fits / 'decoder.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in history))
+    scores = {}
+    for path in folders[rank::world]:
+        _, held_out, box = load(path, args)
+        saved = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit')
+        grid = rh.OccupancyGrid(config.grid, config.steps, device)
+        grid.values = saved['grid'].to(device)
+        grid.refresh()
+        field = rh.PlaneField(saved['planes'].to(device), decoder)
+        scores[path.name] = rh.held_out_psnr(field, held_out, config, grid) if held_out else []
+        if count == 1:                                                          # a lone scene is done: its decoder is its own
+            write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, scores[path.name])
+    summary(args, 'decoder', scores)
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def watch(path, folder, decoder, config, args):
+    """PSNR of the first avatar's planes, as they stand, under the decoder of this moment: the forgetting curve (Fig. 2)."""
+    saved = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit')
+    box = rh.read_box(path)
+    views = rh.load_views(path, 'test', box, args.downscale, 2) or rh.load_views(path, 'train', box, args.downscale, 2)
+    device = next(decoder.parameters()).device
+    grid = rh.OccupancyGrid(config.grid, config.steps, device)
+    grid.values = saved['grid'].to(device)
+    grid.refresh()
+    scores = rh.held_out_psnr(rh.PlaneField(saved['planes'].to(device), decoder), views, config, grid)
+    return sum(scores) / len(scores)
+
+
+def fit_planes(args, config, rank, world, device):
+    """Second stage: the decoder is frozen, avatars are independent, each rank takes every world-th; finished ones are skipped."""
+    decoder = rh.load_model('decoder', args.fits, device)
+    trained = decoder.config
+    if (trained.channels, trained.decoder_width) != (config.channels, config.decoder_width):
+        rh.stop(f'{args.fits}/decoder.pt was trained with preset {trained.preset} ({trained.channels} channels); '
+                f'use --preset {trained.preset}, or run fit.py --decoder again')
+    scores, folders = {}, rh.list_avatars(args.data)[:args.count]
+    bar = tqdm(folders[rank::world], disable=rank > 0, desc='avatars')
+    for folder in bar:
+        path = args.fits / f'{folder.name}.pt'
+        if path.exists():
+            scores[folder.name] = rh.read_checkpoint(path, 'planes')['psnr']
+            continue
+        views, held_out, box = load(folder, args)
+        planes, grid, _ = rh.fit_avatar(
+            views, rh.new_planes(config, decoder, torch.Generator().manual_seed(args.seed)), decoder, config, seed=args.seed,
+            steps=None if args.seconds else config.fit_steps, seconds=args.seconds,
+            report=lambda done, t, name=folder.name: bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
+        scores[folder.name] = rh.held_out_psnr(rh.PlaneField(planes, decoder), held_out, config, grid) if held_out else []
+        write_planes(path, planes, box, config, scores[folder.name])
+    summary(args, 'fit', scores)
+
+
+def main(args):
+    config = rh.make_config(args.preset, args.set)
+    if args.seconds and dist.is_initialized() and dist.get_world_size() > 1 and args.decoder:
+        rh.stop('--seconds with --decoder needs one rank: ranks must agree on the number of steps')
+    rank, world, device = rh.start(args.device, args.seed)
+    args.fits.mkdir(parents=True, exist_ok=True)
+    (fit_decoder if args.decoder else fit_planes)(args, config, rank, world, device)
+    dist.barrier()
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--decoder', action='store_true', help='train the shared decoder on a subset, instead of all planes')
+    p.add_argument('--preset', default='small', choices=rh.PRESETS)
+    p.add_argument('--data', type=Path, default=Path('data'), help='folder of avatars, or one avatar')
+    p.add_argument('--fits', type=Path, default=Path('fits'))
+    p.add_argument('--count', type=int, help='only the first COUNT avatars (second stage)')
+    p.add_argument('--seconds', type=float, help='time to fit an avatar, instead of a number of steps')
+    p.add_argument('--downscale', type=int, default=1, help='average images down by this factor')
+    p.add_argument('--held-out', type=int, default=10, help='at most this many held-out views are measured')
+    p.add_argument('--watch', action='store_true', help='with --decoder: log the PSNR of the first avatar after each visit')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--device', help='cuda where there is one, else cpu')
+    p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='override settings of the preset')
+    return p.parse_args(argv)
+
+
+if __name__ == '__main__':
+    main(parse())

@@ -1,0 +1,113 @@
+"""Stage 3: a portrait -> an avatar that can be seen from all around.
+
+    python sample.py --portrait me.png
+    python sample.py --unconditional --count 4 --seed 7
+
+Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in weights/. Writes samples/<name>/:
+portrait.png (what the model saw), grid.png (each avatar from six sides), turntable.webp and turntable.gif, planes.pt (fp16).
+"""
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import rodinhd as rh
+
+SIDES = ((0, 0), (-35, 5), (35, 5), (-90, 5), (90, 5), (180, 5))       # azimuth, elevation of the grid's views, degrees
+
+
+def load_models(args, device):
+    """All four models, from --runs and --fits if any of the three stages was trained there, else from weights/."""
+    trained = [k for k in ('vae', 'base', 'upsample') if (args.runs / f'{k}.pt').exists()]
+    weights = Path(__file__).parent / 'weights'
+    models = {k: rh.load_model(k, args.runs if trained else weights, device) for k in ('vae', 'base', 'upsample')}
+    models['decoder'] = rh.load_model('decoder', args.fits if trained else weights, device)
+    shapes = {(m.config.channels, m.config.resolution, m.config.portrait) for m in models.values()}
+    if len(shapes) > 1:
+        rh.stop(f'the models in {args.runs} and {args.fits} are of different presets; train all stages with the same one')
+    return models
+
+
+def save_animation(folder, frames):
+    """frames: list of (H, W, 3) uint8 arrays -> turntable.webp, turntable.gif, 12 frames a second, looping."""
+    images = [Image.fromarray(f) for f in frames]
+    images[0].save(folder / 'turntable.webp', save_all=True, append_images=images[1:], duration=83, loop=0, quality=85)
+    palette = [i.quantize(128, dither=Image.Dither.NONE) for i in images]
+    palette[0].save(folder / 'turntable.gif', save_all=True, append_images=palette[1:], duration=83, loop=0)
+
+
+def main(args):
+    if args.count < 1 or args.size < 16 or args.frames < 1 or (args.steps or 1) < 1 or not 0 <= args.eta <= 1:
+        rh.stop('--count, --frames and --steps must be at least 1, --size at least 16, --eta between 0 and 1')
+    _, _, device = rh.start(args.device, args.seed)
+    portrait = rh.open_image(args.portrait) and args.portrait if args.portrait else None    # a bad file is told before the models load
+    models = load_models(args, device)
+    config = models['upsample'].config
+    if (args.steps or 1) > min(config.base_timesteps, config.up_timesteps):
+        rh.stop(f'--steps {args.steps}: the models have {config.base_timesteps} and {config.up_timesteps} timesteps')
+    images = args.count
+    if portrait:
+        image = rh.portrait_on_white(*rh.read_portrait(portrait, config.portrait))
+        images = image.expand(args.count, -1, -1, -1)
+    began = time.monotonic()
+    planes, low = rh.generate(models, images, args.guidance, args.steps, args.eta, args.seed, progress=True)
+    print(f'{args.count} avatar(s) sampled in {time.monotonic() - began:.1f} s')
+
+    folder = args.out / (args.name or (Path(portrait).stem if portrait else 'unconditional'))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, columns = [], -(-args.count // max(1, int(args.count ** 0.5)))        # the turntable tiles the avatars
+    intrinsics, turns = rh.intrinsics_of(34.0, args.size).to(device), []
+    bar = tqdm(total=args.count * (len(SIDES) + args.frames), desc='rendering')
+    for p in planes:
+        field = rh.PlaneField(p, models['decoder'])
+        grid = rh.grid_for(field, config, device)
+
+        def view(azimuth, elevation, field=field, grid=grid):
+            pose = rh.orbit_pose(azimuth, elevation).to(device)
+            image, _ = rh.render_view(field, pose, intrinsics, args.size, args.size, config.steps, grid)
+            bar.update()
+            return (image * 255).round().byte().cpu().numpy()
+        rows.append(np.concatenate([view(*side) for side in SIDES], axis=1))
+        turns.append([view(360 * i / args.frames, 5) for i in range(args.frames)])
+    bar.close()
+    if portrait:
+        seen = Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+        seen.save(folder / 'portrait.png')
+        seen = np.asarray(seen.resize((args.size, args.size), Image.LANCZOS))
+        rows = [np.concatenate([seen, row], axis=1) for row in rows]
+    Image.fromarray(np.concatenate(rows)).save(folder / 'grid.png')
+    blank = np.full_like(turns[0][0], 255)
+    turns += [[blank] * args.frames] * (-len(turns) % columns)
+    tiles = [turns[i:i + columns] for i in range(0, len(turns), columns)]
+    save_animation(folder, [np.concatenate([np.concatenate([t[f] for t in row], axis=1) for row in tiles]) for f in range(args.frames)])
+    rh.write_checkpoint(folder / 'planes.pt', 'avatars', {
+        'planes': planes.cpu().half(), 'low': low.cpu().half(), 'seed': args.seed, 'config': vars(config)})
+    print(f'written to {folder}: grid.png, turntable.webp, turntable.gif, planes.pt')
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument('--portrait', type=Path, help='any image of a face, best head and shoulders from the front')
+    what.add_argument('--unconditional', action='store_true', help='avatars of nobody')
+    p.add_argument('--count', type=int, default=1, help='how many avatars; avatar i draws its noise from seed + i')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--guidance', type=float, help='classifier-free guidance of the base model; 1 is none (default: the preset\'s)')
+    p.add_argument('--steps', type=int, help='sampling steps of each model (default: the preset\'s)')
+    p.add_argument('--eta', type=float, default=1.0, help='1 is ancestral sampling, 0 deterministic DDIM')
+    p.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
+    p.add_argument('--frames', type=int, default=20, help='frames of the turntable')
+    p.add_argument('--name', help='folder in --out (default: the portrait\'s name)')
+    p.add_argument('--out', type=Path, default=Path('samples'))
+    p.add_argument('--runs', type=Path, default=Path('runs'))
+    p.add_argument('--fits', type=Path, default=Path('fits'))
+    p.add_argument('--device', help='cuda where there is one, else cpu')
+    return p.parse_args(argv)
+
+
+if __name__ == '__main__':
+    main(parse())
