@@ -95,6 +95,7 @@ class Config:
     up_body: int = 3                    # [Res, CrossAttn, Res] times this
     up_head_width: int = 32
     up_timesteps: int = 100
+    up_recompute: int = 1               # 1: activations are recomputed in the backward pass (training of 512 x 512 planes needs it)
     # diffusion
     condition_drop: float = 0.2
     sample_steps: int = 10
@@ -127,7 +128,7 @@ PRESETS = {
         base_width=32, base_mult=(1, 2, 3, 4), base_blocks=1, base_attention=(16, 8, 4), base_aware=(32,), head_width=32,
         up_width=16, up_blocks=1, up_body=2,
         vae_steps=1500, vae_batch=8, vae_lr=1e-3, base_steps=3000, base_batch=8, base_lr=4e-4, up_steps=1200, up_batch=2, up_lr=1e-3,
-        final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
+        up_recompute=0, final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
     'tiny': dict(
         channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64,
         fit_avatars=4, inner=30, outer=3, fit_steps=150, rays=512, lr_planes=4e-2, lr_decoder=4e-3, weight_empty=1e-2, rescale=0.25,
@@ -135,7 +136,7 @@ PRESETS = {
         base_width=32, base_mult=(1, 1, 1), base_blocks=1, base_attention=(8, 4, 2), base_aware=(8,), head_width=16,
         up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8,
         vae_steps=60, vae_batch=8, vae_lr=3e-3, base_steps=100, base_batch=8, base_lr=2e-3, up_steps=60, up_batch=4, up_lr=2e-3,
-        final_lr=0.1, ema=0.95, patch=16, patch_grid_updates=0, perceptual='vae'),
+        up_recompute=0, final_lr=0.1, ema=0.95, patch=16, patch_grid_updates=0, perceptual='vae'),
 }
 
 
@@ -1341,6 +1342,9 @@ class UpsampleUNet(UNet):
         self.conv_in, self.head = conv(planes, width), nn.ModuleList(self.step(width, width))
         self.tail = nn.ModuleList(self.step(width * config.up_mult[0] + width + planes, width) + self.step(width, planes))
         self.out = ResnetBlock(2 * planes, planes, second=AwareConv)
+        with torch.no_grad():               # the network starts as the identity on the enlarged planes (ours; saves it the first epochs)
+            nn.init.zeros_(self.out.conv_shortcut.bias)
+            self.out.conv_shortcut.weight[..., 0, 0] = torch.cat([torch.zeros(planes, planes), torch.eye(planes)], dim=1)
 
     def step(self, c_in, c_out, _=None, middle=False):
         attention = [Attention(c_out, self.config.up_head_width, self.config.token_width, joint=False)] if middle else []
@@ -1351,7 +1355,7 @@ class UpsampleUNet(UNet):
 
     def condition(self, portrait):
         """A Portrait with `lr` as this network's Condition; the planes are enlarged (bicubic) here, once."""
-        lr = F.interpolate(portrait.lr.flatten(1, 2), size=(self.config.resolution,) * 2, mode='bicubic')
+        lr = F.interpolate(portrait.lr.flatten(1, 2), size=self.config.resolution, mode='bicubic', align_corners=True)
         return super().condition(portrait)._replace(lr=roll_out(lr.unflatten(1, portrait.lr.shape[1:3])))
 
     def planes(self, x, emb, tokens, lr):

@@ -173,6 +173,7 @@ def prepare(args, config, device):
     vae, decoder = rh.load_model('vae', args.runs, device), rh.load_model('decoder', args.fits, device)
     base = args.stage == 'base'
     network, diffusion = (rh.BaseUNet if base else rh.UpsampleUNet)(config), rh.diffusion_of(args.stage, config)
+    network.checkpoint = not base and bool(config.up_recompute)
     image_loss = None if base else ImageLoss(data, config, decoder, vae, device)
 
     def loss(network, batch):
