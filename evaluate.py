@@ -127,7 +127,7 @@ def evaluate(args, rank, world, device):
     dist.all_gather_object(gathered, results)
     dist.all_gather_object(all_pictures, [p for p in pictures if p.shape == pictures[0].shape][:8])
     if rank == 0:
-        report(args, {k: v for part in gathered for k, v in sorted(part.items())}, sum(all_pictures, [])[:8], models)
+        report(args, {k: v for part in gathered for k, v in sorted(part.items())}, [p for part in all_pictures for p in part][:8], models)
 
 
 def report(args, results, pictures, models):

@@ -25,6 +25,43 @@ def load(folder, args):
     box = rh.read_box(folder)
     return rh.load_views(folder, 'train', box, args.downscale), rh.load_views(folder, 'test', box, args.downscale, args.held_out), box
 
+@torch.no_grad()
+def new_planes(config, decoder, generator):
+    """Planes (3, C, R/4, R/4) where an avatar's fit starts: 0.1 N(0, 1), around the smallest density feature that the decoder takes for a
+    light fog (sigma 1 to 5). Around zero, a trained decoder sees thin air or a wall, and there is no gradient in either."""
+    r, C, D = config.resolution // 4, config.channels, config.channels // 4
+    device = next(decoder.parameters()).device
+    features = torch.zeros(2 ** 14, C)
+    features[:, -D:] = (2 * torch.rand(2 ** 14, D, generator=generator) - 1) * torch.linspace(0, 1, 2 ** 14)[:, None]
+    sigma = decoder(features.to(device))[0].cpu()
+    best = (features.norm(dim=1) + 10 * ((sigma + 1e-9).log() - 0.8).abs().sub(0.8).clamp(min=0)).argmin()
+    return (features[best] + 0.1 * torch.randn(3, r, r, C, generator=generator)).permute(0, 3, 1, 2)
+
+def average_gradients(parameters, active=True):
+    """Averages gradients over the ranks that are active; a rank that has nothing to do gives zeros and waits for no one."""
+    parameters = list(parameters)
+    if dist.get_world_size() == 1:
+        return
+    flat = torch.cat([(p.grad if p.grad is not None and active else torch.zeros_like(p)).reshape(-1) for p in parameters]
+                     + [torch.tensor([float(active)], device=parameters[0].device)])
+    dist.all_reduce(flat)
+    flat /= flat[-1].clamp(min=1).item()
+    for p, g in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
+        p.grad = g.view_as(p).clone()
+
+def held_out_psnr(field, views, config, grid):
+    """PSNR of each held-out view, a list."""
+    height, width = views.images.shape[1:3]
+    return [rh.psnr(rh.render_view(field, views.c2w[i].to(grid.values.device), views.intrinsics[i].to(grid.values.device),
+                                   height, width, config.steps, grid)[0].cpu(), views.rgb(i)) for i in range(len(views.images))]
+
+def visit_psnr(saved, views, decoder, config):
+    """held_out_psnr of an avatar as its last visit left it ('visit' checkpoint), under the decoder of this moment."""
+    device = next(decoder.parameters()).device
+    grid = rh.OccupancyGrid(config.grid, config.steps, device)
+    grid.values = saved['grid'].to(device)
+    grid.refresh()
+    return held_out_psnr(rh.PlaneField(saved['planes'].to(device), decoder), views, config, grid)
 
 def write_planes(path, planes, box, config, scores):
     """One avatar's file: planes and low-resolution planes in fp16, box, held-out PSNR."""
@@ -32,7 +69,6 @@ def write_planes(path, planes, box, config, scores):
     rh.write_checkpoint(path, 'planes', {
         'planes': half, 'low': rh.resize_planes(planes.cpu(), config.base_resolution).half(),
         'centre': box[0], 'half': box[1], 'psnr': scores})
-
 
 def summary(args, name, scores):
     """Gathers {avatar: held-out PSNRs} of all ranks; rank 0 prints the table and writes it as JSON."""
@@ -45,7 +81,6 @@ def summary(args, name, scores):
         if table:
             print(f'{"mean held-out PSNR":32s} {sum(table.values()) / len(table):6.2f} dB over {len(table)} avatars')
         (args.fits / f'{name}.json').write_text(json.dumps({'psnr': table}, indent=1))
-
 
 def fit_decoder(args, config, rank, world, device):
     """Task replay: outer rounds of short visits, one avatar a rank; the decoder's gradients are averaged over the ranks (Algorithm 1)."""
@@ -78,7 +113,7 @@ def fit_decoder(args, config, rank, world, device):
             path = folder / f'{folders[place].name}.pt'
             views, held_out, box = load(folders[place], args)
             saved = rh.read_checkpoint(path, 'visit') if e and path.exists() else None
-            planes = saved['planes'] if saved else rh.new_planes(config, decoder, torch.Generator().manual_seed(args.seed + place))
+            planes = saved['planes'] if saved else new_planes(config, decoder, torch.Generator().manual_seed(args.seed + place))
             memory = saved['memory'] if saved and config.weight_iwc else None
             if memory:
                 memory = {k: {m: v.to(device) for m, v in d.items()} for k, d in memory.items()}
@@ -86,11 +121,11 @@ def fit_decoder(args, config, rank, world, device):
             planes, grid, memory = rh.fit_avatar(
                 views, planes, decoder, config, span=(e / outer, (e + 1) / outer), memory=memory, decoder_optimizer=optimizer,
                 steps=None if args.seconds else inner, seconds=args.seconds and args.seconds / outer, seed=args.seed + n,
-                sync=lambda: rh.average_gradients(decoder.parameters()), report=lambda done, t, terms=terms: terms.update(t))
+                sync=lambda: average_gradients(decoder.parameters()), report=lambda done, t, terms=terms: terms.update(t))
             rh.write_checkpoint(path, 'visit', {'planes': planes.cpu(), 'memory': memory, 'grid': grid.values.cpu()})
         else:                                                                   # more ranks than avatars: keep step with the others
             for _ in range(inner):
-                rh.average_gradients(decoder.parameters(), active=False)
+                average_gradients(decoder.parameters(), active=False)
                 optimizer.step()
         dist.barrier()
         if rank == 0:
@@ -113,30 +148,20 @@ def fit_decoder(args, config, rank, world, device):
     for path in folders[rank::world]:
         _, held_out, box = load(path, args)
         saved = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit')
-        grid = rh.OccupancyGrid(config.grid, config.steps, device)
-        grid.values = saved['grid'].to(device)
-        grid.refresh()
-        field = rh.PlaneField(saved['planes'].to(device), decoder)
-        scores[path.name] = rh.held_out_psnr(field, held_out, config, grid) if held_out else []
+        scores[path.name] = visit_psnr(saved, held_out, decoder, config) if held_out else []
         if count == 1:                                                          # a lone scene is done: its decoder is its own
             write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, scores[path.name])
     summary(args, 'decoder', scores)
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
-
 def watch(path, folder, decoder, config, args):
     """PSNR of the first avatar's planes, as they stand, under the decoder of this moment: the forgetting curve (Fig. 2)."""
     saved = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit')
     box = rh.read_box(path)
     views = rh.load_views(path, 'test', box, args.downscale, 2) or rh.load_views(path, 'train', box, args.downscale, 2)
-    device = next(decoder.parameters()).device
-    grid = rh.OccupancyGrid(config.grid, config.steps, device)
-    grid.values = saved['grid'].to(device)
-    grid.refresh()
-    scores = rh.held_out_psnr(rh.PlaneField(saved['planes'].to(device), decoder), views, config, grid)
+    scores = visit_psnr(saved, views, decoder, config)
     return sum(scores) / len(scores)
-
 
 def fit_planes(args, config, rank, world, device):
     """Second stage: the decoder is frozen, avatars are independent, each rank takes every world-th; finished ones are skipped."""
@@ -154,23 +179,21 @@ def fit_planes(args, config, rank, world, device):
             continue
         views, held_out, box = load(folder, args)
         planes, grid, _ = rh.fit_avatar(
-            views, rh.new_planes(config, decoder, torch.Generator().manual_seed(args.seed)), decoder, config, seed=args.seed,
+            views, new_planes(config, decoder, torch.Generator().manual_seed(args.seed)), decoder, config, seed=args.seed,
             steps=None if args.seconds else config.fit_steps, seconds=args.seconds,
             report=lambda done, t, name=folder.name: bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
-        scores[folder.name] = rh.held_out_psnr(rh.PlaneField(planes, decoder), held_out, config, grid) if held_out else []
+        scores[folder.name] = held_out_psnr(rh.PlaneField(planes, decoder), held_out, config, grid) if held_out else []
         write_planes(path, planes, box, config, scores[folder.name])
     summary(args, 'fit', scores)
 
-
 def main(args):
     config = rh.make_config(args.preset, args.set)
-    if args.seconds and dist.is_initialized() and dist.get_world_size() > 1 and args.decoder:
-        rh.stop('--seconds with --decoder needs one rank: ranks must agree on the number of steps')
     rank, world, device = rh.start(args.device, args.seed)
+    if args.seconds and world > 1 and args.decoder:
+        rh.stop('--seconds with --decoder needs one rank: ranks must agree on the number of steps')
     args.fits.mkdir(parents=True, exist_ok=True)
     (fit_decoder if args.decoder else fit_planes)(args, config, rank, world, device)
     dist.barrier()
-
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,7 +210,6 @@ def parse(argv=None):
     p.add_argument('--device', help='cuda where there is one, else cpu')
     p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='override settings of the preset')
     return p.parse_args(argv)
-
 
 if __name__ == '__main__':
     main(parse())

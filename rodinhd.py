@@ -1,26 +1,18 @@
 """RodinHD: a portrait becomes a 3D avatar (Zhang et al., ECCV 2024), in one file of plain PyTorch.
 
 Two walks through this file; every node is the name of its function:
-
-  fitting     load_views -> Rays.draw -> march (occupied space) -> sample_planes -> Decoder -> composite -> fit_avatar's losses
-              (+ consolidation), over replayed avatars (fit.py)
-  generation  read_portrait -> VAE.encode -> PortraitTokens -> BaseUNet (noise to low-resolution planes, Diffusion.sample)
-              -> UpsampleUNet -> PlaneField -> render
-
+  fitting     load_views -> Rays.draw -> march -> sample_planes -> Decoder -> composite -> fit_avatar's losses (replay is in fit.py)
+  generation  read_portrait -> VAE.encode -> PortraitTokens -> BaseUNet (Diffusion.sample) -> UpsampleUNet -> PlaneField -> render
 Chapters: 1 Configuration, 2 Cameras and rays, 3 Avatars on disk, 4 Triplane, 5 Decoder, 6 Volume rendering, 7 Fitting,
 8 Portrait features, 9 3D-aware U-Net, 10 Diffusion, 11 Running (grep -n '^# [0-9]' prints where they start).
-
 Letters in shape comments: B batch, V views, N rays or points, S samples, C plane channels, R plane resolution (r low), L portrait
 tokens, T timesteps, G occupancy cells a side, M texels.
-
 Conventions: planes (B, 3, C, R, R) are xy, xz, yz with (width, height) axes in that order. World Z up, faces look along -Y, content in
 [-1, 1]^3. Cameras are camera-to-world in the Blender/OpenGL convention, pixel centres at +0.5. Images are composited on white.
-
 References: RodinHD (ECCV 2024), "the paper"; Rodin (CVPR 2023); instant-ngp (Mueller 2022) for the occupancy grid; elastic weight
 consolidation (Kirkpatrick 2017); Improved DDPM (Nichol 2021); Chen 2023 for the noise schedules; SDXL (Podell 2023) for the VAE.
 """
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -28,7 +20,7 @@ import os
 import random
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,28 +33,23 @@ from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+
 # 1 Configuration ------------------------------------------------------------------------------------------------------
-#
 # Every number of the method in one dataclass. The defaults are the paper's model (supplement A, Tables 5 and 6);
 # `small` is the model that ships, `tiny` is for tests. They differ from `paper` in numbers only. A checkpoint carries its Config.
-
-
 @dataclass
 class Config:
     preset: str = 'paper'
-    # planes and decoder
-    channels: int = 32                  # C: the first 3/4 feed colour, the last 1/4 density
+    channels: int = 32                  # C of the planes: the first 3/4 feed colour, the last 1/4 density
     resolution: int = 512               # R
     base_resolution: int = 128          # R of the base diffusion model's planes
     decoder_width: int = 128
-    # rendering
     grid: int = 128                     # occupancy cells a side
     steps: int = 1024                   # lattice points along the diagonal of the box
-    # fitting, stage 1 (decoder) and stage 2 (planes only)
-    fit_avatars: int = 64               # avatars that train the decoder
+    fit_avatars: int = 64               # stage 1: avatars that train the decoder
     inner: int = 5000                   # steps a visit
     outer: int = 30                     # visits an avatar
-    fit_steps: int = 25000              # stage 2, steps an avatar
+    fit_steps: int = 25000              # stage 2 (planes only): steps an avatar
     rays: int = 8192                    # rays a step
     lr_planes: float = 2e-3
     lr_decoder: float = 2e-4
@@ -72,23 +59,20 @@ class Config:
     weight_iwc: float = 0.1             # lambda of Eq. 3
     weight_decay: float = 0.0
     rescale: float = 0.0                # share of the steps that see randomly rescaled planes (Rodin, section 3.1)
-    # portrait features (VAE); the defaults are SDXL's
     portrait: int = 256                 # pixels a side
-    vae_widths: tuple = (128, 256, 512, 512)
+    vae_widths: tuple = (128, 256, 512, 512)    # VAE; the defaults are SDXL's
     vae_layers: int = 2
     vae_latent: int = 4
     vae_scale: float = 0.13025          # latents times this have unit variance
     token_width: int = 512
     pool_width: int = 64
-    # base U-Net; attention at these plane heights sees the portrait maps y1, y2, y3 in this order
     base_width: int = 192
     base_mult: tuple = (1, 1, 2, 3, 4)
     base_blocks: int = 3
-    base_attention: tuple = (32, 16, 8)
+    base_attention: tuple = (32, 16, 8)  # at these plane heights, to the portrait maps y1, y2, y3 in this order
     base_aware: tuple = (128,)          # plane heights with 3D-aware convolution
     head_width: int = 64
     base_timesteps: int = 1000
-    # upsample U-Net
     up_width: int = 128
     up_mult: tuple = (1, 2, 4)
     up_blocks: int = 2
@@ -96,11 +80,9 @@ class Config:
     up_head_width: int = 32
     up_timesteps: int = 100
     up_recompute: int = 1               # 1: activations are recomputed in the backward pass (training of 512 x 512 planes needs it)
-    # diffusion
-    condition_drop: float = 0.2
+    condition_drop: float = 0.2         # share of the portraits that training replaces by the null condition
     sample_steps: int = 10
     guidance: float = 1.3
-    # training of the three stages
     vae_steps: int = 100000
     vae_batch: int = 32
     vae_lr: float = 1e-4
@@ -117,43 +99,37 @@ class Config:
     patch_grid_updates: int = 16
     perceptual: str = 'vgg'             # network of the image-level loss: vgg (through lpips) or vae (the project's own encoder)
 
-
 PRESETS = {
     'paper': {},
     'small': dict(
-        channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256,
-        fit_avatars=16, inner=250, outer=6, fit_steps=1000, rays=384, lr_planes=2e-2, lr_decoder=2e-3, weight_empty=1e-2, weight_iwc=3e3,
-        rescale=0.25,
-        vae_widths=(16, 32, 64, 64), vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32,
-        base_width=32, base_mult=(1, 2, 3, 4), base_blocks=1, base_attention=(16, 8, 4), base_aware=(32,), head_width=32,
-        up_width=16, up_blocks=1, up_body=2,
+        channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250, outer=6,
+        fit_steps=1000, rays=384, lr_planes=2e-2, lr_decoder=2e-3, weight_empty=1e-2, weight_iwc=3e3, rescale=0.25,
+        vae_widths=(16, 32, 64, 64), vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4),
+        base_blocks=1, base_attention=(16, 8, 4), base_aware=(32,), head_width=32, up_width=16, up_blocks=1, up_body=2, up_recompute=0,
         vae_steps=1500, vae_batch=8, vae_lr=1e-3, base_steps=3000, base_batch=8, base_lr=4e-4, up_steps=1200, up_batch=2, up_lr=1e-3,
-        up_recompute=0, final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
+        final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
     'tiny': dict(
-        channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64,
-        fit_avatars=4, inner=30, outer=3, fit_steps=150, rays=512, lr_planes=4e-2, lr_decoder=4e-3, weight_empty=1e-2, rescale=0.25,
-        portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1, vae_scale=1.0, token_width=32, pool_width=16,
-        base_width=32, base_mult=(1, 1, 1), base_blocks=1, base_attention=(8, 4, 2), base_aware=(8,), head_width=16,
-        up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8,
+        channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=30, outer=3, fit_steps=150,
+        rays=512, lr_planes=4e-2, lr_decoder=4e-3, weight_empty=1e-2, rescale=0.25, portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1,
+        vae_scale=1.0, token_width=32, pool_width=16, base_width=32, base_mult=(1, 1, 1), base_blocks=1, base_attention=(8, 4, 2),
+        base_aware=(8,), head_width=16, up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8, up_recompute=0,
         vae_steps=60, vae_batch=8, vae_lr=3e-3, base_steps=100, base_batch=8, base_lr=2e-3, up_steps=60, up_batch=4, up_lr=2e-3,
-        up_recompute=0, final_lr=0.1, ema=0.95, patch=16, patch_grid_updates=0, perceptual='vae'),
+        final_lr=0.1, ema=0.95, patch=16, patch_grid_updates=0, perceptual='vae'),
 }
-
 
 def stop(message):
     """Ends the program with one line on stderr and exit status 1."""
     raise SystemExit(f'error: {message}')
 
-
 def make_config(preset, overrides=()):
     """Config of a preset with `name=value` overrides, each checked against the field's name and type."""
     values = dict(PRESETS[preset], preset=preset)
-    fields = {f.name: f.default for f in dataclasses.fields(Config)}
+    defaults = {f.name: f.default for f in fields(Config)}
     for item in overrides:
         name, _, text = item.partition('=')
-        if name not in fields or name == 'preset':
-            stop(f'--set {item}: no such setting; there are {", ".join(fields)}')
-        kind = type(fields[name])
+        if name not in defaults or name == 'preset':
+            stop(f'--set {item}: no such setting; there are {", ".join(defaults)}')
+        kind = type(defaults[name])
         try:
             values[name] = tuple(int(v) for v in text.split(',')) if kind is tuple else kind(text)
         except ValueError:
@@ -164,28 +140,21 @@ def make_config(preset, overrides=()):
              f'and resolution by base_resolution {config.base_resolution}')
     return config
 
-
 # 2 Cameras and rays ---------------------------------------------------------------------------------------------------
-#
 # A camera is a 4x4 camera-to-world matrix (x right, y up, looking down -z) and intrinsics (fx, fy, cx, cy) in pixels.
-
 
 def orbit_pose(azimuth, elevation, distance=4.0, target=(0.0, 0.0, 0.0)):
     """Camera-to-world (4, 4) of a camera that looks at `target`; degrees; azimuth 0 is the front (-Y), 90 is +X; Z is up."""
     a, e = math.radians(azimuth), math.radians(elevation)
-    back = torch.tensor([math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)])
-    right = torch.tensor([math.cos(a), math.sin(a), 0.0])
+    right, back = torch.tensor([[math.cos(a), math.sin(a), 0.0], [math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)]])
     pose = torch.eye(4)
-    pose[:3, :3] = torch.stack([right, torch.linalg.cross(back, right), back], dim=1)
-    pose[:3, 3] = distance * back + torch.tensor(target)
+    pose[:3] = torch.stack([right, torch.linalg.cross(back, right), back, distance * back + torch.tensor(target)], dim=1)
     return pose
-
 
 def intrinsics_of(fov, size):
     """Intrinsics (4,) of a square image of `size` pixels with a field of view of `fov` degrees."""
     focal = 0.5 * size / math.tan(math.radians(fov) / 2)
     return torch.tensor([focal, focal, size / 2, size / 2])
-
 
 def pixel_rays(c2w, intrinsics, x, y):
     """Rays through pixels: c2w (N, 4, 4) or (4, 4), intrinsics (N, 4) or (4,), column x and row y (N,) -> rays_o, rays_d (N, 3)."""
@@ -194,29 +163,23 @@ def pixel_rays(c2w, intrinsics, x, y):
     rays_d = F.normalize((c2w[..., :3, :3] @ d[..., None])[..., 0], dim=-1)
     return c2w[..., :3, 3].expand_as(rays_d), rays_d
 
-
 def view_rays(c2w, intrinsics, height, width):
     """All rays of one image in row-major order: rays_o, rays_d (height * width, 3)."""
     y, x = torch.meshgrid(torch.arange(height, device=c2w.device), torch.arange(width, device=c2w.device), indexing='ij')
     return pixel_rays(c2w, intrinsics, x.reshape(-1), y.reshape(-1))
 
-
 def intersect_box(rays_o, rays_d, min_near=0.2):
     """Where rays (N, 3) enter and leave [-1, 1]^3: near, far (N,), near at least `min_near`; a miss has near >= far."""
     d = torch.where(rays_d.abs() < 1e-9, torch.full_like(rays_d, 1e-9), rays_d)
     t0, t1 = (-1 - rays_o) / d, (1 - rays_o) / d
-    near = torch.minimum(t0, t1).amax(-1).clamp(min=min_near)
-    return near, torch.maximum(t0, t1).amin(-1)
-
+    return torch.minimum(t0, t1).amax(-1).clamp(min=min_near), torch.maximum(t0, t1).amin(-1)
 
 # 3 Avatars on disk ----------------------------------------------------------------------------------------------------
-#
 # One folder an avatar, in the formats of NeRF-synthetic (Blender) and instant-ngp; fitted planes in one fp16 file an avatar. What comes
 # from a file is checked here, so that the rest can trust it: errors name the file and what to do.
-
 MAX_PIXELS = 64 * 2 ** 20               # refuse to decode larger images
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
-
+WHOLE, TRAIN = 'transforms.json', 'transforms_train.json'
 
 @dataclass
 class Views:
@@ -226,16 +189,13 @@ class Views:
     intrinsics: torch.Tensor            # (V, 4)
     has_alpha: bool                     # some pixel is transparent
 
-    def rgb(self, i):
-        """View i on white, (H, W, 3) in 0..1."""
+    def rgb(self, i):                   # view i on white, (H, W, 3) in 0..1
         return on_white(self.images[i])
-
 
 def on_white(images):
     """uint8 RGBA (..., 4) -> float RGB (..., 3) in 0..1, composited on white (section 5.2 of Rodin's protocol: white everywhere)."""
     images = images.float() / 255
     return images[..., :3] * images[..., 3:] + 1 - images[..., 3:]
-
 
 def open_image(path):
     """A decoded RGBA PIL image, upright (EXIF orientation applied); one clear line where that is not possible."""
@@ -250,10 +210,8 @@ def open_image(path):
     except Exception as error:          # PIL raises many types on damaged files
         stop(f'{path}: not a readable image ({str(error).splitlines()[0] if str(error) else type(error).__name__})')
 
-
 def read_portrait(path, size):
-    """A portrait from any image file -> rgb (3, size, size) in [-1, 1] and alpha (1, size, size) in 0..1, Lanczos-resized. What is not
-    square is padded at both sides, or at the top, by its border's pixels where it is opaque."""
+    """Any image file -> rgb (3, size, size) in [-1, 1], alpha (1, size, size) in 0..1; squared by its border's pixels (at sides or top)."""
     image = open_image(path)
     if min(image.size) < 16:
         stop(f'{path}: {image.width} x {image.height} pixels are too few for a portrait; give at least 16 x 16')
@@ -264,11 +222,9 @@ def read_portrait(path, size):
     rgba = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
     return rgba[:3] * 2 - 1, rgba[3:]
 
-
 def portrait_on_white(rgb, alpha):
     """read_portrait's pair, or a batch of it, composited on white, in [-1, 1]."""
     return rgb * alpha + 1 - alpha
-
 
 def read_transforms(path):
     """The dict of a transforms*.json, with frames that have a path inside the folder and a finite 4x4 matrix."""
@@ -283,16 +239,13 @@ def read_transforms(path):
     for i, frame in enumerate(meta['frames']):
         if not isinstance(frame, dict) or not isinstance(frame.get('file_path'), str):
             stop(f'{path}: frame {i} has no file_path')
-        try:
+        matrix = np.zeros(0)
+        with contextlib.suppress(TypeError, ValueError, ArithmeticError):
             matrix = np.array(frame.get('transform_matrix'), dtype=np.float32)
-        except (TypeError, ValueError):
-            matrix = np.zeros(0)
         if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
             stop(f'{path}: transform_matrix of frame {i} is not a finite 4 x 4 matrix')
-        frame['transform_matrix'] = matrix
-        frame['path'] = find_image(Path(path), frame['file_path'])
+        frame.update(transform_matrix=matrix, path=find_image(Path(path), frame['file_path']))
     return meta
-
 
 def find_image(json_path, name):
     """The image that a file_path means: relative to the JSON's folder, never outside it, with or without an extension."""
@@ -300,101 +253,77 @@ def find_image(json_path, name):
     path = (folder / name.replace('\\', '/')).resolve()
     if not path.is_relative_to(folder):
         stop(f'{json_path}: file_path {name!r} leaves the folder of the avatar')
-    for candidate in (path, *(path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)):
-        if candidate.is_file():
-            return candidate
-    stop(f'{json_path}: image {name!r} is missing')
-
+    candidates = (path, *(path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES))
+    return next(filter(Path.is_file, candidates), None) or stop(f'{json_path}: image {name!r} is missing')
 
 def read_frames(folder, split):
     """(meta, frames) of `split` 'train' or 'test'; a lone transforms.json gives every eighth frame, from the fifth, to the test."""
-    folder = Path(folder)
-    named = folder / f'transforms_{split}.json'
-    if named.is_file() or (folder / 'transforms_train.json').is_file():
+    named = Path(folder) / f'transforms_{split}.json'
+    if named.is_file() or named.with_name(TRAIN).is_file():
         meta = read_transforms(named) if named.is_file() else {'frames': []}
         return meta, meta['frames']
-    meta = read_transforms(folder / 'transforms.json')
+    meta = read_transforms(named.with_name(WHOLE))
     return meta, [f for i, f in enumerate(meta['frames']) if (i % 8 == 4) == (split == 'test')]
-
 
 def read_intrinsics(meta, frame, width, height, where):
     """(fx, fy, cx, cy) in pixels of a width x height image, from a frame's own values or the file's; sizes must agree."""
     values = {**meta, **frame}
+    def focal(axis, side):
+        return float(values[f'fl_{axis}'] if f'fl_{axis}' in values else side / 2 / math.tan(float(values[f'camera_angle_{axis}']) / 2))
     try:
         w, h = float(values.get('w', width)), float(values.get('h', height))
-        if 'fl_x' in values:
-            fx = float(values['fl_x'])
-        else:
-            fx = 0.5 * w / math.tan(0.5 * float(values['camera_angle_x']))
-        if 'fl_y' in values:
-            fy = float(values['fl_y'])
-        else:
-            fy = 0.5 * h / math.tan(0.5 * float(values['camera_angle_y'])) if 'camera_angle_y' in values else fx
+        fx = focal('x', w)
+        fy = focal('y', h) if 'fl_y' in values or 'camera_angle_y' in values else fx
         cx, cy = float(values.get('cx', w / 2)), float(values.get('cy', h / 2))
     except KeyError:
         stop(f'{where}: gives neither camera_angle_x nor fl_x')
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError):
         stop(f'{where}: camera_angle_x, fl_x, fl_y, cx, cy, w and h must be numbers')
     if not all(map(math.isfinite, (fx, fy, cx, cy))) or fx <= 0 or fy <= 0:
         stop(f'{where}: the focal length must be positive and finite, not {fx}, {fy}')
-    if (int(w), int(h)) != (width, height):
+    if (w, h) != (width, height):
         stop(f'{where}: says {w:g} x {h:g} pixels, but {frame["path"].name} has {width} x {height}')
     return fx, fy, cx, cy
 
-
 def load_views(folder, split, box, downscale=1, most=None, pick=None):
-    """Views of an avatar's folder, or None where the split is empty.
-
-    box: (centre, half) of read_box. downscale: integer factor, area-averaged. most: at most this many views, evenly spread.
-    pick: only this one (modulo their number).
-    """
+    """Views, None if the split is empty. box: of read_box; downscale: an integer, averages; most: so many, evenly spread; pick: one."""
     meta, frames = read_frames(folder, split)
-    if pick is not None:
-        frames = [frames[pick % len(frames)]]
-    if most and len(frames) > most:
-        frames = [frames[i * len(frames) // most] for i in range(most)]
-    images, poses, intrinsics, centre, half = [], [], [], *box
+    frames = frames if pick is None else [frames[pick % len(frames)]]
+    frames = [frames[i * len(frames) // most] for i in range(most)] if most and len(frames) > most else frames
+    images, poses, intrinsics, (centre, half) = [], [], [], box
     for frame in frames:
         image = open_image(frame['path'])
         values = read_intrinsics(meta, frame, *image.size, where=f'{folder}: {split} set')
         if downscale > 1:               # Image.reduce averages; premultiply so that transparent pixels do not bleed
             image = image.convert('RGBa').reduce(downscale).convert('RGBA')
-        if images and image.size != (images[0].shape[1], images[0].shape[0]):
-            stop(f'{frame["path"]}: {image.width} x {image.height} pixels, other views have another size')
-        pose = torch.from_numpy(frame['transform_matrix'].copy())
-        pose[:3, :3] = F.normalize(pose[:3, :3], dim=0)
-        pose[:3, 3] = (pose[:3, 3] - centre) / half
         images.append(np.asarray(image))
-        poses.append(pose)
+        if images[-1].shape != images[0].shape:
+            stop(f'{frame["path"]}: {image.width} x {image.height} pixels, other views have another size')
+        poses.append(torch.from_numpy(frame['transform_matrix']))
         intrinsics.append([v / downscale for v in values])
     if not images:
         return None
-    images = torch.from_numpy(np.stack(images))
-    return Views(images, torch.stack(poses), torch.tensor(intrinsics), bool((images[..., 3] < 255).any()))
-
+    images, poses = torch.from_numpy(np.stack(images)), torch.stack(poses)
+    poses[:, :3, :3] = F.normalize(poses[:, :3, :3], dim=1)
+    poses[:, :3, 3] = (poses[:, :3, 3] - centre) / half
+    return Views(images, poses, torch.tensor(intrinsics), bool((images[..., 3] < 255).any()))
 
 def read_box(folder):
-    """The cube that holds the avatar, (centre (3,), half side), in the world of its files.
-
-    From `aabb` [[x, y, z], [x, y, z]]; else from instant-ngp's `scale` and `offset` (scale * x + offset lies in the unit cube, which
-    aabb_scale multiplies); else measured: the extent of the silhouettes' visual hull between the cameras, with a margin of 4 %.
-    """
+    """The cube that holds the avatar: (centre (3,), half side) in its files' world, from `aabb` [[x, y, z], [x, y, z]]; else instant-ngp's
+    `scale` and `offset` (scale * x + offset is in the unit cube, times aabb_scale); else the visual hull and 4 %."""
     meta, frames = read_frames(folder, 'train')
-    try:
+    if 'aabb' not in meta and 'scale' not in meta:
+        return measure_box(folder, torch.from_numpy(np.stack([f['transform_matrix'] for f in frames])))
+    with contextlib.suppress(TypeError, ValueError, ArithmeticError, RuntimeError):
         if 'aabb' in meta:
             low, high = torch.tensor(meta['aabb'], dtype=torch.float32)
             box = (low + high) / 2, float((high - low).max() / 2)
-        elif 'scale' in meta:
+        else:
             scale, offset = float(meta['scale']), torch.tensor(meta.get('offset', [0.5] * 3), dtype=torch.float32)
             box = (0.5 - offset) / scale, 0.5 * float(meta.get('aabb_scale', 1)) / scale
-        else:
-            return measure_box(folder, torch.from_numpy(np.stack([f['transform_matrix'] for f in frames])))
         if box[0].shape == (3,) and box[0].isfinite().all() and 0 < box[1] < math.inf:
             return box
-    except (TypeError, ValueError, ZeroDivisionError):
-        pass
     stop(f'{folder}: aabb (or scale and offset) of the transforms file must be finite numbers that span a box')
-
 
 def measure_box(folder, c2w):
     """read_box where the file names no box. The first guess is the cube around the point nearest to all optical axes, as wide as the
@@ -407,41 +336,32 @@ def measure_box(folder, c2w):
         views = load_views(folder, 'train', (centre, half), downscale=1, most=24)
         if not views.has_alpha:
             return centre, 0.6 * half
-        cells = visual_hull(views, 64).nonzero().float()                # (cells, 3)
+        cells = visual_hull(views, 64, seen_by=0.5).nonzero().float()                # (cells, 3)
         if len(cells) == 0:
             stop(f'{folder}: the silhouettes of the views have no point in common; are the camera poses right?')
         low, high = cells.amin(0) / 32 - 1, (cells.amax(0) + 1) / 32 - 1
         centre, half = centre + half * (low + high) / 2, half * min(1.0, 1.04 * float((high - low).max()) / 2)
     return centre, half
 
-
 def portrait_path(folder):
-    """portrait.* where there is one, else the training view whose camera stands most in front (towards -Y, level)."""
-    for suffix in IMAGE_SUFFIXES:
-        if (Path(folder) / f'portrait{suffix}').is_file():
-            return Path(folder) / f'portrait{suffix}'
-    _, frames = read_frames(folder, 'train')
-    return max(frames, key=lambda f: -f['transform_matrix'][1, 2])['path']     # a frontal camera's z axis points along -Y
-
+    """portrait.* where there is one, else the training view whose camera stands most in front (level, its z axis along -Y)."""
+    found = next(filter(Path.is_file, (Path(folder) / f'portrait{suffix}' for suffix in IMAGE_SUFFIXES)), None)
+    return found or max(read_frames(folder, 'train')[1], key=lambda f: -f['transform_matrix'][1, 2])['path']
 
 def list_avatars(data):
     """Folders of avatars in `data`, sorted; `data` itself where it holds one avatar."""
     data = Path(data)
-    if (data / 'transforms.json').is_file() or (data / 'transforms_train.json').is_file():
+    if (data / WHOLE).is_file() or (data / TRAIN).is_file():
         return [data]
-    found = sorted(p.parent for p in data.glob('*/transforms*.json') if p.name in ('transforms.json', 'transforms_train.json'))
-    found = [p for p in dict.fromkeys(found) if not p.name.startswith('.')]
+    found = sorted({p.parent for p in data.glob('*/transforms*.json') if p.name in (WHOLE, TRAIN) and not p.parent.name.startswith('.')})
     if not found:
         stop(f'{data}: holds no avatars; draw some with `python avatars.py`, or give a folder of NeRF-synthetic scenes with --data')
     return found
 
-
 class PlaneDataset(torch.utils.data.Dataset):
-    """Fitted planes and portraits of the avatars in `fits`, read when asked for: dict of planes (3, C, R, R) in [-1, 1] or `low`
-    (3, C, r, r), portrait (3, P, P) in [-1, 1], alpha (1, P, P) in 0..1, and index."""
-
+    """Fitted planes (3, C, R, R) in [-1, 1] of the avatars in `fits` (with low only `low` (3, C, r, r): 46 K avatars of `paper` are 2.3
+    TB), portrait (3, P, P) in [-1, 1], alpha (1, P, P) in 0..1 and index: dicts, read when asked for."""
     def __init__(self, fits, data, config, low=False):
-        """low: give only low-resolution planes, the file's other bytes are not touched (46 K avatars of `paper` are 2.3 TB)."""
         self.config, self.low = config, low
         self.folders = [p for p in list_avatars(data) if (Path(fits) / f'{p.name}.pt').is_file()]
         self.files = [Path(fits) / f'{p.name}.pt' for p in self.folders]
@@ -455,23 +375,18 @@ class PlaneDataset(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        file = read_checkpoint(self.files[i], 'planes')
-        rgb, alpha = read_portrait(portrait_path(self.folders[i]), self.config.portrait)
         name = 'low' if self.low else 'planes'
-        return {name: file[name].float().clamp(-1, 1), 'portrait': rgb, 'alpha': alpha, 'index': i}
-
+        planes = read_checkpoint(self.files[i], 'planes')[name]
+        rgb, alpha = read_portrait(portrait_path(self.folders[i]), self.config.portrait)
+        return {name: planes.float().clamp(-1, 1), 'portrait': rgb, 'alpha': alpha, 'index': i}
 
 # 4 Triplane -----------------------------------------------------------------------------------------------------------
-#
 # A point is projected onto three axis-aligned planes; the bilinear features found there are averaged (Rodin sums; the mean keeps the
 # decoder's input scale). Inside, texels are rows of a channels-last table: one point reads 12 rows, whatever the size of the planes.
-
 AXES = ((0, 1), (0, 2), (1, 2))         # world axes of (width, height) of planes xy, xz, yz
-
 
 class PlaneLookup(torch.autograd.Function):
     """Weighted sums of table rows: table (M, C), index and weight (N, 12) -> (N, C). Differentiable in the table alone."""
-
     @staticmethod
     def forward(ctx, table, index, weight):
         ctx.save_for_backward(index, weight)
@@ -486,36 +401,27 @@ class PlaneLookup(torch.autograd.Function):
             table.index_add_(0, index[:, k], grad * weight[:, k, None])
         return table, None, None
 
-
 def sample_planes(planes, points):
-    """Features (N, C) of points (N, 3): bilinear (align_corners=True: -1 is texel 0, +1 texel R-1), mean over the three planes.
-
-    planes (3, C, R, R); fastest where their memory is channels-last. A plane gives zero to points outside its square.
-    """
+    """Planes (3, C, R, R), points (N, 3) -> (N, C): bilinear (-1 is texel 0, +1 texel R-1; outside is zero), mean over the planes."""
     _, C, R, _ = planes.shape
-    table = planes.permute(0, 2, 3, 1).reshape(3 * R * R, C)
-    inside = points.abs() <= 1                                          # (N, 3)
+    table = planes.permute(0, 2, 3, 1).reshape(3 * R * R, C)            # no copy where planes are channels-last
     x = ((points.detach().clamp(-1, 1) + 1) * (0.5 * (R - 1)))          # (N, 3) in texels
     low = x.floor().clamp(max=R - 2)
-    frac, low = x - low, low.long()
-    w = torch.stack([1 - frac, frac], dim=-1) * inside[..., None]       # (N, 3, 2)
-    index, weight = [], []
+    frac, low, index, weight = x - low, low.long(), [], []
+    w = torch.stack([1 - frac, frac], dim=-1) * (points.abs() <= 1)[..., None]                     # (N, 3, 2)
     for k, (u, v) in enumerate(AXES):
         corner = (low[:, v] + k * R) * R + low[:, u]                    # (N,)
         index.append(torch.stack([corner, corner + 1, corner + R, corner + R + 1], dim=1))
         weight.append((w[:, v, :, None] * w[:, u, None, :]).reshape(-1, 4))
     return PlaneLookup.apply(table, torch.cat(index, 1), torch.cat(weight, 1) / 3)
 
-
 def roll_out(planes):
     """planes (B, 3, C, R, R) -> (B, C, R, 3R): side by side along the width, so that a 2D network sees them (Rodin, section 3.2)."""
     return torch.cat(planes.unbind(1), dim=-1)
 
-
 def roll_in(x):
     """Inverse of roll_out: (B, C, R, 3R) -> (B, 3, C, R, R)."""
     return torch.stack(x.chunk(3, dim=-1), dim=1)
-
 
 def resize_matrix(size, R, device):
     """(size, R) weights of a triangle filter between lattices whose ends coincide: linear upwards, antialiased downwards."""
@@ -524,17 +430,13 @@ def resize_matrix(size, R, device):
     weight = (1 - at.abs() / max(ratio, 1.0)).clamp(min=0)
     return weight / weight.sum(1, keepdim=True)
 
-
 def resize_planes(planes, size):
     """planes (..., R, R) -> (..., size, size), so that sample_planes finds the same content at the same point."""
     weight = resize_matrix(size, planes.shape[-1], planes.device)
     return weight @ planes @ weight.T
 
-
 class TotalVariation(torch.autograd.Function):
-    """Sum over the planes (3, C, R, R) of the mean squared differences of neighbours along height and along width; its gradient, a
-    Laplacian, is written out since autograd takes ten times as long."""
-
+    """Sum over planes (3, C, R, R) of mean squared differences of neighbours along both axes; autograd takes ten times as long."""
     @staticmethod
     def forward(ctx, planes):
         ctx.save_for_backward(planes)
@@ -550,20 +452,14 @@ class TotalVariation(torch.autograd.Function):
             out.narrow(d, 1, R - 1).add_(diff)
             out.narrow(d, 0, R - 1).sub_(diff)
         return out
-
-
 total_variation = TotalVariation.apply
 
-
 # 5 Decoder ------------------------------------------------------------------------------------------------------------
-#
 # The MLP that all avatars share: queried features are frequency-encoded (Rodin, section 3.1), density comes from the last quarter of
 # the channels, colour from the others, a geometry feature and the view direction. 72,321 parameters at the paper's width.
 
-
 class TruncExp(torch.autograd.Function):
     """exp(x) in fp32 whose gradient sees x clamped to [-15, 15] (instant-ngp)."""
-
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -573,10 +469,8 @@ class TruncExp(torch.autograd.Function):
     def backward(ctx, grad):
         return grad * ctx.saved_tensors[0].clamp(-15, 15).exp()
 
-
 class FrequencyEncoding(torch.autograd.Function):
     """(N, D) -> (N, 5 D): [v, sin v, cos v, sin 2v, cos 2v], no factor of pi; double angles, so one sine and one cosine suffice."""
-
     @staticmethod
     def forward(ctx, v):
         s, c = v.sin(), v.cos()
@@ -589,68 +483,46 @@ class FrequencyEncoding(torch.autograd.Function):
         _, s, c, s2, c2 = ctx.saved_tensors[0].chunk(5, dim=-1)
         g, gs, gc, gs2, gc2 = grad.chunk(5, dim=-1)
         return g + gs * c - gc * s + 2 * (gs2 * c2 - gc2 * s2)
-
-
 frequency_encoding = FrequencyEncoding.apply
-
 
 class Decoder(nn.Module):
     """Plane features (N, C) and unit view directions (N, 3) -> density sigma (N,) > 0 per box unit and rgb (N, 3) in 0..1."""
-
     def __init__(self, config):
         super().__init__()
         width, self.density_channels = config.decoder_width, config.channels // 4
         self.sigma_net = nn.Sequential(nn.Linear(5 * self.density_channels, width), nn.Softplus(), nn.Linear(width, 1 + width))
-        self.color_net = nn.Sequential(nn.Linear(5 * (config.channels - self.density_channels) + width + 15, width, bias=False),
-                                       nn.ReLU(), nn.Linear(width, width, bias=False),
-                                       nn.ReLU(), nn.Linear(width, 3, bias=False))
+        self.color_net = nn.Sequential(nn.Linear(5 * (config.channels - self.density_channels) + width + 15, width, bias=False), nn.ReLU(),
+                                       nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, 3, bias=False))
 
-    def forward(self, features, dirs=None):
-        """Without dirs the colour net is skipped: (sigma, None)."""
-        D = self.density_channels
+    def forward(self, features, dirs=None):  # without dirs the colour net is skipped: (sigma, None)
+        D, last = self.density_channels, self.sigma_net[2]
         hidden = self.sigma_net[:2](frequency_encoding(features[:, -D:]))                          # (N, width)
-        last = self.sigma_net[2]
         if dirs is None:                # one row of the last layer is enough
             return TruncExp.apply(F.linear(hidden, last.weight[:1], last.bias[:1])[:, 0].float()), None
         hidden = last(hidden)                                                                      # (N, 1 + width)
-        sigma = TruncExp.apply(hidden[:, 0].float())                                               # (N,)
         x = torch.cat([frequency_encoding(features[:, :-D]), hidden[:, 1:], frequency_encoding(dirs)], dim=-1)
-        return sigma, torch.sigmoid(self.color_net(x))                                             # (N,), (N, 3)
-
+        return TruncExp.apply(hidden[:, 0].float()), torch.sigmoid(self.color_net(x))              # (N,), (N, 3)
 
 class PlaneField:
     """The radiance field of one avatar: planes (3, C, R, R) read by a decoder. See `render` for the protocol of fields."""
-
     def __init__(self, planes, decoder):
         self.planes, self.decoder = planes, decoder
 
     def __call__(self, points, dirs=None):
         return self.decoder(sample_planes(self.planes, points), dirs)
 
-
 # 6 Volume rendering ---------------------------------------------------------------------------------------------------
-#
-# Rays are marched with a constant step on the lattice t0 + k * delta, masked by an occupancy grid: exactly the samples of instant-ngp's
-# skipping marcher. Samples are packed: ray_index says whose they are, nothing is padded. A field is any callable
-# field(points (S, 3), dirs (S, 3) or None) -> (sigma (S,), rgb (S, 3) or None): planes, an analytic avatar, a test's ball.
-
+# Rays are marched with a constant step, masked by an occupancy grid: exactly the samples of instant-ngp's skipping marcher, packed
+# (ray_index says whose). A field is any callable field(points (S, 3), dirs (S, 3) or None) -> (sigma (S,), rgb (S, 3) or None).
 T_MIN = 1e-4                            # a sample counts if the transmittance before it is at least this
 BLOCK = 8                               # lattice points that march tests in one go
 
-
 class OccupancyGrid:
-    """Decayed running maximum of the density in G^3 cells (supplement A; instant-ngp). Never shared between ranks or avatars.
-
-    density_threshold: 10 at 1024 steps a diagonal, scaled so that a step's opacity at the threshold is the same for every preset.
-    """
-
+    """Decayed running maximum of the density in cells x, y, z (supplement A; instant-ngp); never shared by ranks or avatars. hull: bool
+    (G, G, G); cells in it start occupied, others stay empty for ever (-1). Threshold: 10 at 1024 steps, else of the same opacity a step."""
     def __init__(self, G, steps, device='cpu', hull=None):
-        """hull: optional bool (G, G, G), cells outside it stay empty for ever, cells in it start as occupied."""
-        self.G, self.steps = G, steps
-        self.density_threshold = 10 * steps / 1024
-        self.values = torch.zeros(G, G, G, device=device)               # indexed x, y, z; -1 means: empty for ever
-        if hull is not None:
-            self.values = torch.where(hull.to(device), self.density_threshold, -1.0)
+        self.G, self.steps, self.density_threshold = G, steps, 10 * steps / 1024
+        self.values = torch.zeros(G, G, G, device=device) if hull is None else torch.where(hull.to(device), self.density_threshold, -1.0)
         self.refresh()
 
     def refresh(self):
@@ -663,60 +535,46 @@ class OccupancyGrid:
             near = F.max_pool3d(near, kernel, stride=1, padding=[k // 2 for k in kernel])
         self.near_occupied = near[0, 0] > 0
 
-    def cell(self, points):
-        """Flat cell index (N,) of points (N, 3) in the box."""
+    def cell(self, points):             # flat cell index (N,) of points (N, 3) in the box
         x, y, z = ((points + 1) * (self.G / 2)).long().clamp(0, self.G - 1).unbind(-1)
         return (x * self.G + y) * self.G + z
 
     @torch.no_grad()
     def update(self, field, generator=None, partial=False):
-        """value <- max(0.95 value, sigma at a random point of the cell), for all cells or a random quarter and a quarter of the
-        occupied (partial, which instant-ngp does after the first 16 updates)."""
+        """value <- max(0.95 value, sigma at a random point) of all cells; partial: of a random quarter and a quarter of the occupied."""
         G, values = self.G, self.values.view(-1)
         cells = torch.nonzero(values >= 0)[:, 0]
         if partial and len(cells):
-            occupied = torch.nonzero(self.occupied.view(-1))[:, 0]
-            quarter = max(len(cells) // 4, 1)
+            occupied, quarter = torch.nonzero(self.occupied.view(-1))[:, 0], max(len(cells) // 4, 1)
             pick = [c[torch.randint(len(c), (quarter,), generator=generator).to(c.device)] for c in (cells, occupied) if len(c)]
             cells = torch.cat(pick).unique()
         for part in cells.split(2 ** 18):
             centre = torch.stack([part // (G * G), part // G % G, part % G], dim=-1) + 0.5
             jitter = torch.rand(len(part), 3, generator=generator).to(centre.device) - 0.5
-            sigma, _ = field((centre + jitter) * (2 / G) - 1)
-            values[part] = torch.maximum(0.95 * values[part], sigma.float())
+            values[part] = torch.maximum(0.95 * values[part], field((centre + jitter) * (2 / G) - 1)[0].float())
         self.refresh()
-
 
 def grid_for(field, config, device='cpu', updates=16, seed=0):
     """Occupancy grid of a field that no camera has seen, such as generated planes: 16 full updates from zero (supplement A)."""
-    grid = OccupancyGrid(config.grid, config.steps, device)
-    generator = torch.Generator().manual_seed(seed)
+    grid, generator = OccupancyGrid(config.grid, config.steps, device), torch.Generator().manual_seed(seed)
     for _ in range(updates):
         grid.update(field, generator)
     return grid
 
-
 def march(rays_o, rays_d, steps, grid=None, offset=None):
-    """Lattice samples of rays (N, 3) in the box and in occupied cells.
-
-    steps: lattice points a diagonal, delta = 2 sqrt(3) / steps. offset: (N,) in 0..1 shifts a ray's lattice (training), default 0.
-    -> ray_index (S,) ascending, t (S,) ascending within a ray, points (S, 3). Blocks of 8 points are tested first, at their middle,
-    against the widened grid: same samples as testing each point, at a fraction of the look-ups.
-    """
-    delta = 2 * math.sqrt(3) / steps
-    near, far = intersect_box(rays_o, rays_d)
+    """Lattice samples of rays (N, 3) in the box and in occupied cells -> ray_index (S,) ascending, t (S,) ascending within a ray, points
+    (S, 3). steps: lattice points a diagonal, delta = 2 sqrt(3) / steps. offset: (N,) in 0..1 shifts a ray's lattice (training). Blocks of 8
+    points are tested first, at their middle, against the widened grid: the same samples at a fraction of the look-ups."""
+    delta, (near, far) = 2 * math.sqrt(3) / steps, intersect_box(rays_o, rays_d)
     start = near if offset is None else near + delta * offset
     count = ((far - start) / delta).ceil().clamp(min=0)                 # (N,) lattice points before far; 0 for a miss
     blocks = int((count.amax() / BLOCK).ceil()) if len(count) else 0
     first = torch.arange(blocks, device=start.device) * BLOCK           # (blocks,)
-    alive = first < count[:, None]                                      # (N, blocks)
+    ray, block = (first < count[:, None]).nonzero(as_tuple=True)
     if grid is not None:
-        ray, block = alive.nonzero(as_tuple=True)
         middle = start[ray] + (first[block] + (BLOCK - 1) / 2) * delta
         keep = grid.near_occupied.view(-1)[grid.cell(rays_o[ray] + middle[:, None] * rays_d[ray])]
         ray, block = ray[keep], block[keep]
-    else:
-        ray, block = alive.nonzero(as_tuple=True)
     k = first[block][:, None] + torch.arange(BLOCK, device=start.device)                           # (blocks that are near, 8)
     t = start[ray][:, None] + k * delta
     points = (rays_o[ray][:, None] + t[..., None] * rays_d[ray][:, None]).clamp(-1, 1)
@@ -725,14 +583,11 @@ def march(rays_o, rays_d, steps, grid=None, offset=None):
         keep &= grid.occupied.view(-1)[grid.cell(points)]
     return ray[:, None].expand_as(k)[keep], t[keep], points[keep]
 
-
 def transmittance(tau, ray_index, rays):
     """Exclusive transmittance T_i = exp(-sum of tau_j over the samples before i on its ray); tau, ray_index (S,), ascending."""
-    total = tau.double().cumsum(0)                                      # one flat sum: fp32 would lose the later rays' digits
-    before = total - tau
+    before = tau.double().cumsum(0) - tau                               # one flat sum: fp32 would lose the later rays' digits
     first = torch.searchsorted(ray_index, torch.arange(rays, device=tau.device)).clamp(max=max(len(tau) - 1, 0))
     return torch.exp(before[first][ray_index] - before).float() if len(tau) else tau
-
 
 def composite(sigma, rgb, t, ray_index, rays, delta, background=1.0):
     """alpha = 1 - exp(-sigma delta), w = T alpha: pixels (N, 3) = sum w rgb + (1 - sum w) background, opacity and depth (N,)."""
@@ -743,20 +598,14 @@ def composite(sigma, rgb, t, ray_index, rays, delta, background=1.0):
     opacity = add(weights)
     return add(weights[:, None] * rgb.float()) + (1 - opacity[:, None]) * background, opacity, add(weights * t)
 
-
 def render(field, rays_o, rays_d, steps, grid=None, offset=None, background=1.0):
-    """Renders rays (N, 3) of a field -> rgb (N, 3), opacity (N,), depth (N,) along the ray (weighted sum, not normalised).
-
-    A pass without gradients finds the samples that light reaches (T >= 1e-4); only those are decoded, with colour and gradient.
-    """
+    """Rays (N, 3) -> rgb (N, 3), opacity (N,), depth (N,) (weighted sum). Only what light reaches (T >= 1e-4) gets colour, gradients."""
     ray_index, t, points = march(rays_o, rays_d, steps, grid, offset)
     delta, rays = 2 * math.sqrt(3) / steps, len(rays_o)
     with torch.no_grad():
         keep = transmittance(field(points)[0] * delta, ray_index, rays) >= T_MIN
     ray_index, t, points = ray_index[keep], t[keep], points[keep]
-    sigma, rgb = field(points, rays_d[ray_index])
-    return composite(sigma, rgb, t, ray_index, rays, delta, background)
-
+    return composite(*field(points, rays_d[ray_index]), t, ray_index, rays, delta, background)
 
 @torch.no_grad()
 def render_view(field, c2w, intrinsics, height, width, steps, grid=None, chunk=16384):
@@ -766,59 +615,38 @@ def render_view(field, c2w, intrinsics, height, width, steps, grid=None, chunk=1
     rgb, opacity = (torch.cat(p) for p in zip(*parts, strict=True))
     return rgb.view(height, width, 3).clamp(0, 1), opacity.view(height, width)
 
-
-def turntable(planes, decoder, config, size, frames, elevation=5.0, azimuth=0.0):
-    """Frames (frames, size, size, 3) uint8 of planes (3, C, R, R), all around from `azimuth` on, at the training cameras' distance."""
-    field = PlaneField(planes, decoder)
-    grid, intrinsics = grid_for(field, config, planes.device), intrinsics_of(34.0, size).to(planes.device)
-    for i in range(frames):
-        pose = orbit_pose(azimuth + 360 * i / frames, elevation).to(planes.device)
-        image, _ = render_view(field, pose, intrinsics, size, size, config.steps, grid)
-        yield (image * 255).round().byte().cpu()
-
-
 # 7 Fitting ------------------------------------------------------------------------------------------------------------
-#
-# Images become planes (section 3.1, Algorithm 1). Task replay is in fit.py's loop: many short visits to each avatar. Here: one visit,
-# and identity-aware weight consolidation (IWC, Eq. 3), which pulls the decoder towards what this avatar's last visit left, weight by
-# weight, as far as the Fisher information says that the avatar needs it. Planes grow from R/4 to R over an avatar's visits.
+# Images become planes (section 3.1, Algorithm 1). Task replay is fit.py's loop; here is one visit, and identity-aware weight consolidation
+# (IWC, Eq. 3): it pulls the decoder to what the avatar's last visit left, as far as the Fisher information says that the avatar needs it.
 
+def near_silhouette(image, radius):
+    """Pixels (H, W) of an RGBA image (H, W, 4) within a square of `radius` pixels around one that is not transparent."""
+    wide = F.max_pool2d((image[..., 3] > 0).float()[None], (1, 2 * radius + 1), 1, (0, radius))
+    return F.max_pool2d(wide, (2 * radius + 1, 1), 1, (radius, 0))[0] > 0
 
 @torch.no_grad()
-def visual_hull(views, G):
-    """Cells (G, G, G) of the box that no view's silhouette rules out. A cell is ruled out where its whole disc in an image is
-    transparent; cells that no camera sees are kept."""
+def visual_hull(views, G, seen_by=0.0):
+    """Cells (G, G, G) of the box, save those whose disc is transparent in some image, or that less than `seen_by` of the views see."""
     axis = (torch.arange(G) + 0.5) * (2 / G) - 1
     cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing='ij'), dim=-1).view(-1, 3)       # (G^3, 3)
-    alive = torch.arange(len(cells))
-    height, width = views.images.shape[1:3]
+    alive, count, (height, width) = torch.arange(len(cells)), torch.zeros(len(cells)), views.images.shape[1:3]
     for image, c2w, (fx, fy, cx, cy) in zip(views.images, views.c2w, views.intrinsics.tolist(), strict=True):
         local = (cells[alive] - c2w[:3, 3]) @ c2w[:3, :3]               # camera coordinates, looking down -z
         depth = (-local[:, 2]).clamp(min=1e-3)
         x, y = fx * local[:, 0] / depth + cx, cy - fy * local[:, 1] / depth
-        radius = min(int(fx * math.sqrt(3) / G / max(float(depth.median()), 0.1)) + 1, 64)
-        mask = (image[..., 3] > 0).float()[None]
-        mask = F.max_pool2d(F.max_pool2d(mask, (1, 2 * radius + 1), 1, (0, radius)), (2 * radius + 1, 1), 1, (radius, 0))[0] > 0
+        radius = min(int(fx * math.sqrt(3) / G / max(float(depth.mean().nan_to_num()), 0.1)) + 1, 64)
         seen = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (local[:, 2] < 0)
+        count[alive] += seen / len(views.images)
         flat = y.long().clamp(0, height - 1) * width + x.long().clamp(0, width - 1)
-        alive = alive[~seen | mask.view(-1)[flat]]
-    hull = torch.zeros(G ** 3, dtype=torch.bool)
-    hull[alive] = True
-    return hull.view(G, G, G)
-
+        alive = alive[~seen | near_silhouette(image, radius).view(-1)[flat]]
+    return torch.zeros(G ** 3, dtype=torch.bool).index_fill_(0, alive[count[alive] >= seen_by - 1e-4], True).view(G, G, G)
 
 class Rays:
-    """Random training rays of an avatar, over all its views. Where images have alpha, only pixels within 5 pixels of the silhouette
-    are drawn: the others miss the visual hull and teach nothing."""
-
+    """Random training rays over all views, from pixels within 5 of the silhouette: others miss the visual hull and teach nothing."""
     def __init__(self, views, device, margin=5):
-        self.views, self.device = views, device
-        self.pixels = views.images.view(-1, 4)                          # (V * H * W, 4)
-        kernel = 2 * margin + 1
-        near = [F.max_pool2d(F.max_pool2d((image[..., 3] > 0).float()[None], (kernel, 1), 1, (margin, 0)),
-                             (1, kernel), 1, (0, margin)).view(-1) > 0 for image in views.images]
-        per_view = len(near[0])
-        self.index = torch.cat([m.nonzero()[:, 0].int() + v * per_view for v, m in enumerate(near)])
+        self.views, self.device, self.pixels = views, device, views.images.view(-1, 4)             # (V * H * W, 4)
+        near = [near_silhouette(image, margin).view(-1) for image in views.images]
+        self.index = torch.cat([m.nonzero()[:, 0].int() + v * len(m) for v, m in enumerate(near)])
         if not len(self.index):
             stop('all views of an avatar are fully transparent')
 
@@ -830,75 +658,42 @@ class Rays:
         rays_o, rays_d = pixel_rays(self.views.c2w[view], self.views.intrinsics[view], x, y)
         return rays_o.to(self.device), rays_d.to(self.device), on_white(self.pixels[flat]).to(self.device)
 
-
 def consolidation(decoder, memory):
     """1/2 sum of fisher (w - anchor)^2 (Eq. 3 without lambda); memory: {'fisher', 'anchor'}, each {parameter name: tensor}."""
-    terms = [(memory['fisher'][n] * (p - memory['anchor'][n]).square()).sum() for n, p in decoder.named_parameters()]
-    return 0.5 * torch.stack(terms).sum()
-
+    fisher, anchor = memory['fisher'], memory['anchor']
+    return 0.5 * torch.stack([(fisher[n] * (p - anchor[n]).square()).sum() for n, p in decoder.named_parameters()]).sum()
 
 def fisher_information(decoder, losses):
-    """Diagonal Fisher information {name: tensor}: mean squared gradient of the data loss over several batches (an iterable of scalar
-    losses). A single batch, as Algorithm 1 reads, is a noisy estimate of the same thing. Batches with non-finite gradients are left out."""
+    """{name: mean squared gradient of the data loss} over several batches (scalar losses; Algorithm 1's single one is noisy), if finite."""
     names, parameters = zip(*decoder.named_parameters(), strict=True)
-    fisher, batches = [torch.zeros_like(p) for p in parameters], 0
-    for loss in losses:
-        grads = torch.autograd.grad(loss, parameters)
-        if all(g.isfinite().all() for g in grads):
-            batches += 1
-            for f, g in zip(fisher, grads, strict=True):
-                f += g.square()
-    return {n: f / max(batches, 1) for n, f in zip(names, fisher, strict=True)}
-
-
-@torch.no_grad()
-def new_planes(config, decoder, generator):
-    """Planes (3, C, R/4, R/4) where an avatar's fit starts: 0.1 N(0, 1), around the smallest density feature that the decoder takes for a
-    light fog (sigma 1 to 5). Around zero, a trained decoder sees thin air or a wall, and there is no gradient in either."""
-    r, C, D = config.resolution // 4, config.channels, config.channels // 4
-    device = next(decoder.parameters()).device
-    features = torch.zeros(2 ** 14, C)
-    features[:, -D:] = (2 * torch.rand(2 ** 14, D, generator=generator) - 1) * torch.linspace(0, 1, 2 ** 14)[:, None]
-    sigma = decoder(features.to(device))[0].cpu()
-    best = (features.norm(dim=1) + 10 * ((sigma + 1e-9).log() - 0.8).abs().sub(0.8).clamp(min=0)).argmin()
-    return (features[best] + 0.1 * torch.randn(3, r, r, C, generator=generator)).permute(0, 3, 1, 2)
-
+    batches = [torch.autograd.grad(loss, parameters) for loss in losses]
+    batches = [grads for grads in batches if all(g.isfinite().all() for g in grads)]
+    fisher = [sum((grads[i].square() for grads in batches), torch.zeros_like(p)) for i, p in enumerate(parameters)]
+    return {n: f / max(len(batches), 1) for n, f in zip(names, fisher, strict=True)}
 
 def planes_size(config, progress):
     """Side of the planes at `progress` 0..1 of an avatar's fit: R/4, R/2 from 10 %, R from 30 % on."""
     return config.resolution // (4 if progress < 0.1 else 2 if progress < 0.3 else 1)
 
-
 def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, seconds=None, grid=None,
                decoder_optimizer=None, memory=None, sync=None, seed=0, report=None):
-    """One visit to an avatar: fits planes (3, C, r, r), and the decoder too where `decoder_optimizer` is given.
-
-    span: the part of the avatar's whole fit that this visit is; size of the planes and learning rate follow from it. Lasts `steps`
-    steps, or about `seconds` (CPU users set a time; resuming needs steps). memory: IWC state of the last visit. sync: called between
-    backward and step of the decoder, to average gradients over ranks. report(progress, terms) is called every 50 steps.
-    -> planes (3, C, R, R) in [-1, 1], grid, new memory (None without decoder_optimizer).
-    """
-    device = next(decoder.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    """One visit to an avatar: fits planes (3, C, r, r), and the decoder where `decoder_optimizer` is given -> planes (3, C, R, R) in [-1,
+    1], grid, new memory (None without decoder_optimizer). span: the part of the avatar's whole fit that this visit is (size of the planes
+    and learning rate follow); `steps` steps, or about `seconds` (resuming needs steps). memory: IWC state of the last visit. sync: called
+    before the decoder's step, to average gradients over ranks. report(progress, terms): called every 50 steps."""
+    device, generator = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
     rays = Rays(views, device)
     if grid is None:
-        hull = visual_hull(views, config.grid) if views.has_alpha else None
-        grid = OccupancyGrid(config.grid, config.steps, device, hull)
+        grid = OccupancyGrid(config.grid, config.steps, device, visual_hull(views, config.grid) if views.has_alpha else None)
     empty = (grid.values < 0).nonzero() if views.has_alpha else ()      # cells outside the hull
     began, step, table = time.monotonic(), 0, None
-
     def data_loss(planes):
         rays_o, rays_d, target = rays.draw(config.rays, generator)
         offset = torch.rand(len(rays_o), generator=generator).to(device)
-        rgb, _, _ = render(PlaneField(planes, decoder), rays_o, rays_d, config.steps, grid, offset)
-        return F.mse_loss(rgb, target)
+        return F.mse_loss(render(PlaneField(planes, decoder), rays_o, rays_d, config.steps, grid, offset)[0], target)
 
-    while True:
-        done = step / steps if steps else min((time.monotonic() - began) / seconds, 1.0)
-        if done >= 1:
-            break
-        progress = span[0] + (span[1] - span[0]) * done
-        size = planes_size(config, progress)
+    while (done := step / steps if steps else (time.monotonic() - began) / seconds) < 1:
+        size = planes_size(config, progress := span[0] + (span[1] - span[0]) * done)
         if table is None or table.shape[1] != size:                     # the first step, or the planes double
             source = planes if table is None else table.detach().permute(0, 3, 1, 2)
             table = resize_planes(source.to(device).float(), size).permute(0, 2, 3, 1).contiguous().requires_grad_()
@@ -907,7 +702,6 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
         optimizer.param_groups[0]['lr'] = config.lr_planes * 0.05 ** progress
         if step % 16 == 0:
             grid.update(PlaneField(view.detach(), decoder), generator, partial=step >= 256)
-
         seen = view
         if config.rescale and torch.rand((), generator=generator) < config.rescale:
             seen = resize_planes(view, int(torch.randint(size // 4, size, (), generator=generator)))
@@ -921,10 +715,8 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
                 terms['empty'] = 4 * config.weight_empty * torch.log1p(PlaneField(view, decoder)(points)[0]).mean()
         if memory is not None:
             terms['iwc'] = config.weight_iwc * consolidation(decoder, memory)
-        loss = sum(terms.values())
-
         optimizer.zero_grad()
-        loss.backward()
+        sum(terms.values()).backward()
         optimizer.step()
         table.data.clamp_(-1, 1)
         if decoder_optimizer is not None:
@@ -935,40 +727,24 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
         if report and step % 50 == 0:
             report(done, {k: v.item() for k, v in terms.items()})
         step += 1
-
     planes = table.detach().permute(0, 3, 1, 2)
     if decoder_optimizer is None:
         return planes, grid, None
     fisher = fisher_information(decoder, (data_loss(planes) for _ in range(16)))
     return planes, grid, {'fisher': fisher, 'anchor': {n: p.detach().clone() for n, p in decoder.named_parameters()}}
 
-
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of images in 0..1."""
     return -10 * math.log10(max(F.mse_loss(a, b).item(), 1e-10))
 
-
-def held_out_psnr(field, views, config, grid):
-    """PSNR of each held-out view, a list."""
-    height, width = views.images.shape[1:3]
-    return [psnr(render_view(field, views.c2w[i].to(grid.values.device), views.intrinsics[i].to(grid.values.device),
-                             height, width, config.steps, grid)[0].cpu(), views.rgb(i)) for i in range(len(views.images))]
-
-
 # 8 Portrait features --------------------------------------------------------------------------------------------------
-#
-# A frozen VAE turns the portrait into a latent and, on the way there, three feature maps (section 3.3). The maps become attention
-# tokens, fine to coarse; the latent becomes one vector that joins the time embedding. Neither depends on t, so sampling computes
-# them once. Further letters: E width of the time embedding, W width of a token, P pixels a side of the portrait.
-
-
+# A frozen VAE turns the portrait into a latent (then a vector that joins the time embedding) and three maps (attention tokens, fine to
+# coarse; section 3.3), once, as t plays no part. Letters: E width of the time embedding, W of a token, P pixels a side of the portrait.
 conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-
 
 def norm(channels, eps=1e-5):
     """GroupNorm in 32 groups, as in the published models; 32 channels and fewer get 8 groups: one of one channel forgets its mean."""
     return nn.GroupNorm(math.gcd(channels, 32 if channels > 32 else 8), channels, eps)
-
 
 def zero(module):
     """Zeroes a module's parameters: a residual branch that ends in it starts as the identity."""
@@ -976,19 +752,16 @@ def zero(module):
         nn.init.zeros_(p)
     return module
 
-
 def resized(channels, up, **mode):
     """Doubles height and width, or halves them (padding only right and bottom, as published VAE weights expect); convolves."""
     return nn.Sequential(OrderedDict(resize=nn.Upsample(scale_factor=2, **mode), conv=conv(channels, channels)) if up else
                          OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
-
 class ResnetBlock(nn.Module):
     """Residual block of the VAE (emb 0) and of the upsample network (adds the time embedding; `second` is 3D-aware)."""
     def __init__(self, c_in, c_out, emb=0, second=conv):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in, 1e-6), conv(c_in, c_out)
-        self.emb = nn.Linear(emb, c_out) if emb else None
+        self.norm1, self.conv1, self.emb = norm(c_in, 1e-6), conv(c_in, c_out), nn.Linear(emb, c_out) if emb else None
         self.norm2, self.conv2 = norm(c_out, 1e-6), second(c_out, c_out)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -996,7 +769,6 @@ class ResnetBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h if self.emb is None else h + self.emb(F.silu(emb))[:, :, None, None]
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
 
 class VAEAttention(nn.Module):
     """Self-attention with a single head over all pixels."""
@@ -1010,7 +782,6 @@ class VAEAttention(nn.Module):
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]                              # (B, 1, pixels, channels)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out(h)[:, 0].transpose(1, 2).reshape(x.shape)
-
 
 class VAEBlock(nn.Module):
     """Residual blocks at one resolution, then a halving, a doubling or neither; the middle has attention after the first."""
@@ -1026,17 +797,14 @@ class VAEBlock(nn.Module):
             x = layer(x)
         return x
 
-
 class VAE(nn.Module):
     """Image autoencoder with the names and shapes of diffusers' AutoencoderKL; at `paper` SDXL's (83,653,863 parameters).
-
-    Images are (B, 3, P, P) in [-1, 1], P a multiple of 8; latents (B, 4, P/8, P/8), not yet times vae_scale.
-    """
+    Images are (B, 3, P, P) in [-1, 1], P a multiple of 8; latents (B, 4, P/8, P/8), not yet times vae_scale."""
     def __init__(self, config):
         super().__init__()
         widths, layers, latent = config.vae_widths, config.vae_layers, config.vae_latent
         assert len(widths) == 4, f'the VAE has four levels, vae_widths has {len(widths)}'
-        top, bottom = widths[0], widths[-1]
+        top, *_, bottom = widths
         self.encoder = nn.Sequential(OrderedDict(
             conv_in=conv(3, top), down_blocks=nn.Sequential(
                 *(VAEBlock(*c, layers, down=i < 3) for i, c in enumerate(zip((top, *widths), widths)))),
@@ -1067,33 +835,31 @@ class VAE(nn.Module):
         mean, logvar, _ = self.encode(images)
         return self.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)), mean, logvar
 
-    def decode(self, latent):
-        """Latents to images (B, 3, P, P), not clamped."""
+    def decode(self, latent):               # to images (B, 3, P, P), not clamped
         return self.decoder(self.post_quant_conv(latent))
-
 
 def load_vae(path, config):
     """A VAE with published AutoencoderKL weights (.safetensors, .bin, .pt); stops with one line where they do not fit."""
-    if str(path).endswith('.safetensors'):
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            stop(f'{path} needs the safetensors package: pip install safetensors')
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        if str(path).endswith('.safetensors'):
+            from safetensors.torch import load_file as load
+        else:
+            load = functools.partial(torch.load, map_location='cpu', weights_only=True)
+        state = load(path)
+    except ImportError:
+        stop(f'{path} needs the safetensors package: pip install safetensors')
+    except Exception as error:          # missing or damaged: the loaders raise many types
+        stop(f'{path}: not readable as VAE weights ({type(error).__name__})')
     for old, new in (('query', 'to_q'), ('key', 'to_k'), ('value', 'to_v'), ('proj_attn', 'to_out.0')):     # names until 2023,
         state = {n.replace(f'.{old}.', f'.{new}.'): x for n, x in state.items()}
     state = {n: x[..., 0, 0] if '.attentions.' in n and x.ndim == 4 else x for n, x in state.items()}       # and 1x1 convolutions
     vae = VAE(config)
     ours, theirs = ({n: tuple(x.shape) for n, x in tensors.items()} for tensors in (vae.state_dict(), state))
-    wrong = [f'{n} is {theirs.get(n, "missing")}, expected {ours.get(n, "nothing")}' for n in ours | theirs
-             if ours.get(n) != theirs.get(n)]
+    wrong = [f'{n} is {theirs.get(n, "missing")}, expected {ours.get(n, "nothing")}' for n in ours | theirs if ours.get(n) != theirs.get(n)]
     if wrong:
         stop(f'{path} does not fit this VAE in {len(wrong)} places: {"; ".join(wrong[:3])}')
     vae.load_state_dict(state)
     return vae
-
 
 class Portrait(NamedTuple):
     """What a network is conditioned on; the upsample network needs `lr` too."""
@@ -1101,13 +867,11 @@ class Portrait(NamedTuple):
     maps: list                              # y1, y2, y3
     lr: torch.Tensor | None = None          # low-resolution planes (B, 3, C, r, r); never dropped
 
-
 class Condition(NamedTuple):
     """A Portrait after a network's own layers: all that does not depend on t."""
     pooled: torch.Tensor                    # (B, E)
     tokens: list                            # (B, L, W) for each map in use
     lr: torch.Tensor | None = None          # enlarged and rolled out, (B, C, R, 3R)
-
 
 @torch.no_grad()
 def encode_portrait(vae, images, config):
@@ -1115,23 +879,19 @@ def encode_portrait(vae, images, config):
     mean, _, maps = vae.encode(images)
     return Portrait(mean * config.vae_scale, maps)
 
-
 def drop(portrait, keep):
     """Zeroes latent and maps together in the samples where keep (B,) is false."""
     latent, *maps = (x * keep.to(x).view(-1, 1, 1, 1) for x in (portrait.latent, *portrait.maps))
     return portrait._replace(latent=latent, maps=maps)
 
-
 def null_like(portrait):
     """The null condition: zeros, as in Rodin. Its tokens are not zeros: GroupNorm turns the maps into its bias, all alike."""
     return drop(portrait, torch.zeros(len(portrait.latent)))
-
 
 def join(a, b):
     """Two Conditions as one batch, for guidance."""
     return Condition(torch.cat([a.pooled, b.pooled]), [torch.cat(pair) for pair in zip(a.tokens, b.tokens)],
                      None if a.lr is None else torch.cat([a.lr, b.lr]))
-
 
 class PortraitTokens(nn.Module):
     """The first `count` maps, each cut into 8 x 8 patches: a list of tokens (B, 64, W). They carry no position."""
@@ -1143,7 +903,6 @@ class PortraitTokens(nn.Module):
 
     def forward(self, maps):
         return [patch(y).flatten(2).transpose(1, 2) for patch, y in zip(self.patches, maps)]
-
 
 class PooledEmbedding(nn.Module):
     """The latent as one vector (B, E): its four patches, attended to (8 heads) by their mean plus a learned vector."""
@@ -1163,28 +922,20 @@ class PooledEmbedding(nn.Module):
         q, k, v = (x.unflatten(2, (8, -1)).transpose(1, 2) for x in (self.q(query), self.k(tokens), self.v(tokens)))
         return self.norm_out(self.proj(F.scaled_dot_product_attention(q, k, v).flatten(1)))     # (B, E)
 
-
 # 9 3D-aware U-Net -----------------------------------------------------------------------------------------------------
-#
-# Two U-Nets over planes laid side by side (supplement A). An ordinary convolution takes them for one wide image; a 3D-aware one
-# (Rodin, section 3.2) shows each texel the two other planes, averaged over the axis that its own plane lacks. Both are called
-# net(x, t, condition): planes (B, 3, C, R, R), t (B,) in [0, 1000], a Portrait or, faster when repeated, a Condition.
-
+# Two U-Nets over planes side by side (supplement A). 3D-aware convolution (Rodin, section 3.2) shows each texel the two other planes,
+# averaged over the axis that its own lacks. net(x, t, condition): t (B,) in [0, 1000], a Portrait or, faster when repeated, a Condition.
 
 def timestep_embedding(t, width):
     """Cosines, then sines, of t (B,) at width / 2 frequencies from 1 down to almost 1/10000: (B, width)."""
     angles = t.float()[:, None] * torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2, device=t.device))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-
 class AwareConv(nn.Module):
-    """3D-aware convolution, (B, c_in, H, 3H) to (B, c_out, H, 3H), H at least 2; starts at zero.
-
-    Each plane p has its own 3 x 3 convolution of 3 c_in channels: the three planes in their order, the two others averaged over
-    the axis that p lacks and laid out along the axis they share with p. Such a channel is constant along p's other axis, so its
-    zero-padded convolution has three distinct lines: first, last, and all between. Convolving a strip of three lines and
-    repeating the middle one gives the same numbers for a third of the work and memory.
-    """
+    """3D-aware convolution, (B, c_in, H, 3H) to (B, c_out, H, 3H), H at least 2; starts at zero. Plane p has its own 3 x 3 convolution of 3
+    c_in channels: the three planes, the two others averaged over the axis that p lacks and laid out along the axis they share with p. Such
+    a channel is constant along p's other axis, so its zero-padded convolution has three distinct lines: first, last, all between. A strip
+    of three lines, the middle one repeated, gives the same numbers for a third of the work and memory."""
     def __init__(self, c_in, c_out):
         super().__init__()
         self.convs = nn.ModuleList(zero(conv(3 * c_in, c_out)) for _ in range(3))
@@ -1199,36 +950,30 @@ class AwareConv(nn.Module):
         for q in {0, 1, 2} - {p}:
             shared, = set(AXES[p]) & set(AXES[q])
             across = 2 + AXES[p].index(shared)                          # the dimension of p along which q's share is constant
-            profile = planes[q].mean(2 + AXES[q].index(shared))                                 # (B, c_in, H)
-            strip = F.conv2d(torch.stack([profile] * 3, across), weights[q], padding=1)         # (B, c_out, 3, H) or (.., H, 3)
-            first, between, last = strip.split(1, across)
+            strip = torch.stack([planes[q].mean(2 + AXES[q].index(shared))] * 3, across)        # (B, c_in, 3, H) or (.., H, 3)
+            first, between, last = F.conv2d(strip, weights[q], padding=1).split(1, across)      # c_out channels
             out = out + torch.cat([first, between.repeat_interleave(out.shape[2] - 2, across), last], across)
         return out
-
 
 class ResBlock(nn.Module):
     """Residual block of the base network: the time embedding scales and shifts; `resample` is applied before the first conv."""
     def __init__(self, c_in, c_out, emb, aware=False, resample=None):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
-        self.emb = nn.Linear(emb, 2 * c_out)
+        self.norm1, self.conv1, self.emb = norm(c_in), conv(c_in, c_out), nn.Linear(emb, 2 * c_out)
         self.norm2, self.conv2 = norm(c_out), AwareConv(c_out, c_out) if aware else zero(conv(c_out, c_out))
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.resample = resample or nn.Identity()
+        self.skip, self.resample = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity(), resample or nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
         return self.skip(self.resample(x)) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
-
 class Attention(nn.Module):
     """Texels (B, c, H, 3H) attend to the portrait's tokens (B, L, W) and, if `joint`, to all texels, in one softmax."""
     def __init__(self, channels, head, token_width, joint):
         super().__init__()
         assert channels % head == 0, f'{channels} channels are no multiple of the head width {head}'
-        self.head = head
-        self.norm, self.qkv = norm(channels), nn.Linear(channels, (3 if joint else 1) * channels)
+        self.head, self.norm, self.qkv = head, norm(channels), nn.Linear(channels, (3 if joint else 1) * channels)
         self.norm_tokens = nn.Identity() if joint else norm(token_width)
         self.kv = nn.Linear(token_width, 2 * channels) if token_width else None
         self.proj = zero(nn.Linear(channels, channels))
@@ -1246,12 +991,8 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)                                             # (B, heads, 3HH, head)
         return x + self.proj(h.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
 
-
 class UNet(nn.Module):
-    """What both networks share; a subclass says what a step is, what halves and doubles, and what lies around the U (planes).
-
-    heights[i] is the plane height whose attention sees map i. With `checkpoint` set, training recomputes activations.
-    """
+    """What both networks share. heights[i]: the plane height whose attention sees map i; `checkpoint`: training recomputes activations."""
     def __init__(self, config, width, mult, blocks, body, resolution, heights, c):
         super().__init__()
         assert resolution % 2 ** (len(mult) - 1) == 0, f'planes of {resolution} cannot be halved {len(mult) - 1} times'
@@ -1277,19 +1018,16 @@ class UNet(nn.Module):
                 height *= 2
 
     def condition(self, portrait):
-        """A Portrait as this network's Condition."""
         return Condition(self.pooled(portrait.latent), self.tokens(portrait.maps))
 
-    def run(self, layers, x, emb, tokens):
-        """x through layers, each of which is given what it takes besides."""
+    def run(self, layers, x, emb, tokens):  # x through layers, each of which is given what it takes besides
         for layer in layers:
             also = (emb,) if isinstance(layer, (ResBlock, ResnetBlock)) else ()
             also = (tokens.get(x.shape[2]),) if isinstance(layer, Attention) else also
             x = checkpoint(layer, x, *also, use_reentrant=False) if self.checkpoint and self.training else layer(x, *also)
         return x
 
-    def u(self, h, emb, tokens):
-        """Down, through the middle, and up again with skip connections."""
+    def u(self, h, emb, tokens):            # down, through the middle, and up again with skip connections
         skips = [h]
         for layers in self.encoder:
             skips.append(h := self.run(layers, h, emb, tokens))
@@ -1304,12 +1042,8 @@ class UNet(nn.Module):
         emb = self.time(timestep_embedding(t, self.width)) + condition.pooled                   # (B, E)
         return roll_in(self.planes(roll_out(x), emb, tokens, condition.lr))
 
-
 class BaseUNet(UNet):
-    """The base network (supplement A, Table 5), 366,823,360 parameters at `paper`; no dropout, joint self- and cross-attention.
-
-    Planes (B, 3, C, r, r) to (B, 3, 2C, r, r): noise, then the log variance's place between its bounds (Improved DDPM, Eq. 15).
-    """
+    """Base network (supplement A, Table 5; 366,823,360 parameters at `paper`): planes (B, 3, C, r, r) to noise, variance (2C)."""
     def __init__(self, config):
         c = config.base_width * config.base_mult[0]
         super().__init__(config, config.base_width, config.base_mult, config.base_blocks, 1, config.base_resolution,
@@ -1325,20 +1059,14 @@ class BaseUNet(UNet):
         return ResBlock(c, c, self.emb, resample=nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2))
 
     def planes(self, x, emb, tokens, _):
-        h = self.u(self.conv_in(x), emb, tokens)                                                # (B, width, r, 3r)
-        return self.conv_out(F.silu(self.norm_out(h)))                                          # (B, 2C, r, 3r)
-
+        return self.conv_out(F.silu(self.norm_out(self.u(self.conv_in(x), emb, tokens))))       # (B, 2C, r, 3r)
 
 class UpsampleUNet(UNet):
-    """The upsample network (supplement A, Table 6): noisy planes and a Portrait with `lr` to x_start, (B, 3, C, R, R) both.
-
-    337,301,920 parameters at `paper`; 320,557,728 in the released code, which attends to the latent's 4 patches (a layer of
-    33,280 parameters) where the paper, and this, attends to the 64 tokens of y1 (16,777,472).
-    """
+    """The upsample network (supplement A, Table 6): noisy planes and a Portrait with `lr` to x_start, (B, 3, C, R, R) both. 337,301,920
+    parameters at `paper`; the released code, which attends to the latent's 4 patches instead of y1's 64 tokens, has 320,557,728."""
     def __init__(self, config):
         width, planes, lowest = config.up_width, config.channels, config.resolution // 2 ** (len(config.up_mult) - 1)
-        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution,
-                         (lowest,), width + planes)
+        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution, (lowest,), width + planes)
         self.conv_in, self.head = conv(planes, width), nn.ModuleList(self.step(width, width))
         self.tail = nn.ModuleList(self.step(width * config.up_mult[0] + width + planes, width) + self.step(width, planes))
         self.out = ResnetBlock(2 * planes, planes, second=AwareConv)
@@ -1362,27 +1090,20 @@ class UpsampleUNet(UNet):
         h = self.run(self.head, self.conv_in(x), emb, tokens)                                   # (B, width, R, 3R)
         top = torch.cat([h, lr], dim=1)                                                         # (B, width + C, R, 3R)
         h = torch.cat([self.u(top, emb, tokens), top], dim=1)                                   # (B, 2 width + C, R, 3R)
-        h = torch.cat([self.run(self.tail, h, emb, tokens), lr], dim=1)                         # (B, 2C, R, 3R)
-        return self.run([self.out], h, None, tokens)                                            # (B, C, R, 3R)
-
+        return self.run([self.out], torch.cat([self.run(self.tail, h, emb, tokens), lr], dim=1), None, tokens)     # (B, C, R, 3R)
 
 # 10 Diffusion ---------------------------------------------------------------------------------------------------------
-#
-# Noise schedules, losses and sampler (section 3.4). Planes are redundant, and noise hides less of them than of an image; so both
-# schedules destroy them faster than the linear one does. The base network predicts the noise and a variance, the upsample
-# network x_start. A model is any model(x, t, condition) with t in [0, 1000], an analytic one too.
-
+# Schedules, losses and sampler (section 3.4). Planes are redundant, noise hides less of them than of an image: both schedules destroy them
+# faster than the linear one. A model is any model(x, t, condition); base predicts noise and a variance, upsample x_start.
 
 def noise_schedule(name, timesteps):
-    """betas (T,), float64, at most 0.999: `cosine` (base) and `sigmoid` (upsample) after Chen 2023, or `linear` (DDPM)."""
+    """betas (T,), float64, at most 0.999: Chen's `cosine` (start 0.2, end 1, tau 3) and `sigmoid` (0, 3, 0.1), or `linear` (DDPM)."""
     if name == 'linear':
         return (torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64) * 1000 / timesteps).clamp(max=0.999)
     t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-    curve = {'cosine': torch.cos((0.2 + 0.8 * t) * math.pi / 2) ** 6,           # start 0.2, end 1, tau 3
-             'sigmoid': torch.sigmoid(-30 * t)}[name]                           # start 0, end 3, tau 0.1
+    curve = {'cosine': torch.cos((0.2 + 0.8 * t) * math.pi / 2) ** 6, 'sigmoid': torch.sigmoid(-30 * t)}[name]
     alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-
 
 def discretised_log_likelihood(x, mean, log_std):
     """Log of the mass that a Gaussian puts on the bin of width 2/255 around x in [-1, 1]; the outer bins are open."""
@@ -1391,13 +1112,9 @@ def discretised_log_likelihood(x, mean, log_std):
     inside = torch.where(x > 0.999, torch.special.log_ndtr(-lower), inside)
     return torch.where(x < -0.999, torch.special.log_ndtr(upper), inside)
 
-
 class Diffusion:
-    """A discrete diffusion process over planes (B, 3, C, R, R): schedule, training loss, sampler; coefficients in float64.
-
-    The model predicts `noise` or `x_start`, and with learned_variance as many channels again. t (B,) are integers 0 ... T - 1;
-    the model is given t * 1000 / T, in training and in sampling.
-    """
+    """A discrete process over planes (B, 3, C, R, R): schedule, loss, sampler; coefficients in float64. The model predicts `noise` or
+    `x_start`, with learned_variance twice the channels. t (B,) are integers 0 ... T - 1; the model is always given t * 1000 / T."""
     def __init__(self, schedule, timesteps, predict='noise', learned_variance=False):
         assert predict in ('noise', 'x_start'), f'a model predicts noise or x_start, not {predict}'
         self.timesteps, self.predict, self.learned_variance = timesteps, predict, learned_variance
@@ -1424,19 +1141,15 @@ class Diffusion:
         return out if self.predict == 'x_start' else (x_t - (1 - alpha_bar) ** 0.5 * out) / alpha_bar ** 0.5
 
     def loss(self, model, x_start, t, noise, condition=None):
-        """Loss terms, a dict of scalars whose sum is the loss, and the predicted x_start, not clamped.
-
-        mse is that of what is predicted; vlb, where the variance is learned, the bound in bits a value times T / 1000, its mean
-        detached so that it trains the variance alone (Improved DDPM, section 3.1).
-        """
+        """Terms, a dict of scalars whose sum is the loss, and the predicted x_start, not clamped. mse: of what is predicted; vlb
+        (learned variance): bits a value times T / 1000, its mean detached to train the variance alone (Improved DDPM, section 3.1)."""
         x_t = self.q_sample(x_start, t, noise)
         out = model(x_t, t * (1000 / self.timesteps), condition).float()
         out, *share = out.chunk(2, dim=2) if self.learned_variance else [out]
         terms = {'mse': F.mse_loss(out, noise if self.predict == 'noise' else x_start)}
         predicted = self.x_start_of(out, x_t, self.at(self.alpha_bar, t))
         if share:
-            true_mean, low = self.posterior(x_start, x_t, t)
-            mean, _ = self.posterior(predicted.detach(), x_t, t)
+            (true_mean, low), (mean, _) = self.posterior(x_start, x_t, t), self.posterior(predicted.detach(), x_t, t)
             logvar = low + (share[0] + 1) / 2 * (self.at(self.betas.log(), t) - low)
             kl = (logvar - low + torch.exp(low - logvar) + (true_mean - mean) ** 2 * torch.exp(-logvar) - 1) / 2
             first = t == 0
@@ -1447,17 +1160,13 @@ class Diffusion:
     @torch.no_grad()
     def sample(self, model, shape, condition=None, null=None, guidance=1.0, steps=10, eta=1.0,
                noise=None, generator=None, trajectory=None, device='cpu', progress=False):
-        """Planes of `shape` (B, 3, C, R, R) in [-1, 1], in `steps` even steps that begin at T - 1; ValueError unless 1 ... T.
-
-        guidance: s in null + s (conditional - null); 1 never runs the null Condition. eta: 1 is ancestral (with the learned
-        variance if there is one), below 1 DDIM (Eqs. 12 and 16). noise: the initial x. generator: one, or a list of one a
-        sample, which makes samples independent of their batch. trajectory: a list to get each x_start.
-        """
+        """Planes of `shape` (B, 3, C, R, R) in [-1, 1], in `steps` even steps that begin at T - 1; ValueError unless 1 ... T. guidance: s
+        in null + s (conditional - null); 1 never runs null. eta: 1 ancestral (with the learned variance, if any), below 1 DDIM
+        (Eqs. 12, 16). noise: initial x. generator: one, or a list of one a sample. trajectory: a list to get each x_start."""
         def draw():
             gs = generator if isinstance(generator, list) else [generator]
             size = (shape[0] // len(gs), *shape[1:])
             return torch.cat([torch.randn(size, generator=g, device=g.device if g else device).to(device) for g in gs])
-
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f'{steps} sampling steps of a process of {self.timesteps} timesteps')
         times = [round((i + 1) * self.timesteps / steps) - 1 for i in range(steps)]     # 99, 199, ..., 999 for 10 of 1000
@@ -1484,12 +1193,9 @@ class Diffusion:
                 x = x + std * draw()
         return x_start
 
-
 # 11 Running -----------------------------------------------------------------------------------------------------------
-#
 # A process group always exists (of size 1 without torchrun), so no loop asks whether there is one. Checkpoints are dicts of plain types
 # and tensors, read with weights_only=True, written to a temporary file and renamed.
-
 
 def start(device=None, seed=0):
     """Starts the process group, seeds everything by seed and rank -> rank, world, device."""
@@ -1497,11 +1203,8 @@ def start(device=None, seed=0):
     if device.startswith('cuda') and not torch.cuda.is_available():
         stop(f'--device {device}: PyTorch sees no CUDA GPU here; use --device cpu')
     if not dist.is_initialized():
-        backend = 'nccl' if device.startswith('cuda') else 'gloo'
-        if 'RANK' in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if 'RANK' in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', **alone)
     rank, world = dist.get_rank(), dist.get_world_size()
     if device == 'cuda':
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
@@ -1511,23 +1214,8 @@ def start(device=None, seed=0):
         set_seed(seed * 1000 + rank)
     return rank, world, torch.device(device)
 
-
-def average_gradients(parameters, active=True):
-    """Averages gradients over the ranks that are active; a rank that has nothing to do gives zeros and waits for no one."""
-    parameters = list(parameters)
-    if dist.get_world_size() == 1:
-        return
-    flat = torch.cat([(p.grad if p.grad is not None and active else torch.zeros_like(p)).reshape(-1) for p in parameters]
-                     + [torch.tensor([float(active)], device=parameters[0].device)])
-    dist.all_reduce(flat)
-    flat /= flat[-1].clamp(min=1).item()
-    for p, g in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
-        p.grad = g.view_as(p).clone()
-
-
 class EMA:
     """Exponential moving average of a module's parameters in fp32, with a warm-up: decay = min(decay, (1 + n) / (10 + n))."""
-
     def __init__(self, module, decay):
         self.decay, self.updates = decay, 0
         self.shadow = {n: p.detach().float().clone() for n, p in module.named_parameters()}
@@ -1538,7 +1226,6 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for n, p in module.named_parameters():
             self.shadow[n].lerp_(p.float(), 1 - decay)
-
 
 def write_checkpoint(path, kind, content):
     """Writes a dict atomically; kind ('decoder', 'planes', 'vae', ...) is checked by read_checkpoint."""
@@ -1553,7 +1240,6 @@ def write_checkpoint(path, kind, content):
             temporary.unlink(missing_ok=True)
         stop(f'{path}: cannot be written ({str(error).splitlines()[0][:100]})')
 
-
 def read_checkpoint(path, kind, made_by=''):
     """Reads what write_checkpoint wrote; tensors are memory-mapped, so what is not used is not read."""
     try:
@@ -1562,43 +1248,35 @@ def read_checkpoint(path, kind, made_by=''):
         stop(f'{path}: there is no such file' + (f'; make it with {made_by}' if made_by else ''))
     except Exception as error:          # torch.load raises many types on damaged files
         stop(f'{path}: not a readable checkpoint, or damaged ({type(error).__name__}); delete it and make it again')
-    if not isinstance(content, dict) or content.get('kind') != kind:
-        found = content.get('kind', 'unknown') if isinstance(content, dict) else 'unknown'
+    found = content.get('kind', 'unknown') if isinstance(content, dict) else 'unknown'
+    if found != kind:
         stop(f'{path}: is a checkpoint of kind {found!r}, expected {kind!r}')
     return content
 
-
 MODELS = {'decoder': (Decoder, 'python fit.py --decoder'), 'vae': (VAE, 'python train.py --stage vae'),
           'base': (BaseUNet, 'python train.py --stage base'), 'upsample': (UpsampleUNet, 'python train.py --stage upsample')}
-
 
 def write_model(path, kind, config, state, step):
     """A model for inference: its Config and weights in fp16 (the decoder's, which are few, in fp32)."""
     dtype = torch.float32 if kind == 'decoder' else torch.float16
     write_checkpoint(path, kind, {'config': vars(config), 'model': {k: v.to('cpu', dtype) for k, v in state.items()}, 'step': step})
 
-
 def load_model(kind, folder, device):
     """The model of a kind from folder/<kind>.pt, in fp32, frozen, with its Config as .config; one line where that fails."""
-    build, made_by = MODELS[kind]
-    path = Path(folder) / f'{kind}.pt'
+    (build, made_by), path = MODELS[kind], Path(folder) / f'{kind}.pt'
     content = read_checkpoint(path, kind, made_by)
     try:
-        config = Config(**content['config'])
-        model = build(config)
+        model = build(config := Config(**content['config']))
         model.load_state_dict(content['model'])
     except (KeyError, TypeError, RuntimeError, AssertionError) as error:
         stop(f'{path}: does not fit this program ({str(error).splitlines()[0][:80]}); make it again with {made_by}')
     model.config = config
     return model.requires_grad_(False).eval().to(device)
 
-
 def diffusion_of(stage, config):
     """The Diffusion of stage 'base' (cosine, predicts noise and variance) or 'upsample' (sigmoid, predicts x_start)."""
-    if stage == 'base':
-        return Diffusion('cosine', config.base_timesteps, 'noise', learned_variance=True)
-    return Diffusion('sigmoid', config.up_timesteps, 'x_start')
-
+    return (Diffusion('cosine', config.base_timesteps, 'noise', learned_variance=True) if stage == 'base' else
+            Diffusion('sigmoid', config.up_timesteps, 'x_start'))
 
 @torch.no_grad()
 def sample_stage(stage, network, portrait, config, low=None, guidance=1.0, steps=None, eta=1.0, seed=0, progress=False):
@@ -1610,19 +1288,13 @@ def sample_stage(stage, network, portrait, config, low=None, guidance=1.0, steps
         network, (B, 3, config.channels, size, size), network.condition(portrait), null, guidance, steps or config.sample_steps, eta,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(B)], device=device, progress=progress)
 
-
 def generate(models, images, guidance=None, steps=None, eta=1.0, seed=0, progress=False):
-    """The whole cascade: images (B, 3, P, P) in [-1, 1], or a number of avatars without a condition -> planes, low-resolution planes.
-
-    models: {'vae', 'base', 'upsample'} of load_model. Guidance acts in the base model; the upsampler has none (as in the paper).
-    """
-    config = models['upsample'].config
-    device = next(models['base'].parameters()).device
-    if isinstance(images, int):
-        portrait = null_like(encode_portrait(models['vae'], torch.zeros(images, 3, config.portrait, config.portrait, device=device), config))
-        guidance = 1.0
-    else:
-        portrait = encode_portrait(models['vae'], images.to(device), config)
+    """Images (B, 3, P, P) in [-1, 1], or a number of unconditional avatars -> planes, low-resolution planes. models: of load_model."""
+    config, device, count = models['upsample'].config, next(models['base'].parameters()).device, images
+    if isinstance(count, int):
+        images, guidance = torch.zeros(count, 3, config.portrait, config.portrait), 1.0
+    portrait = encode_portrait(models['vae'], images.to(device), config)
+    portrait = null_like(portrait) if isinstance(count, int) else portrait
     guidance = config.guidance if guidance is None else guidance
     low = sample_stage('base', models['base'], portrait, config, None, guidance, steps, eta, seed, progress)
     return sample_stage('upsample', models['upsample'], portrait, config, low, 1.0, steps, eta, seed, progress), low

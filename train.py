@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node=8 train.py --stage base --preset paper
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --stage base --preset paper
 
-`paper` conditions on SDXL's VAE: `--stage vae --vae sdxl_vae.safetensors` takes published weights instead of training.
-Reads data/ and fits/, writes runs/<stage>.pt (EMA weights, fp16), <stage>-state.pt (to go on after an interruption: the same command
-again), <stage>.jsonl (a line a logged step) and pictures. All that is random follows from the seed and the step.
+`paper` conditions on SDXL's VAE: `--stage vae --vae sdxl_vae.safetensors` takes published weights instead of training. Reads data/ and
+fits/, writes runs/<stage>.pt (EMA weights, fp16), <stage>-state.pt (the same command goes on after an interruption), <stage>.jsonl (a line
+a logged step) and pictures. All that is random follows from the seed and the step.
 """
 import argparse
 import json
@@ -36,9 +36,7 @@ class Views(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        image, alpha = rh.read_portrait(self.paths[i], self.size)
-        return {'portrait': image, 'alpha': alpha}
-
+        return dict(zip(('portrait', 'alpha'), rh.read_portrait(self.paths[i], self.size)))
 
 class EverySample(torch.utils.data.Sampler):
     """Batches of indices that follow from the seed, the step and the rank alone; any number of items serves any batch size."""
@@ -46,18 +44,14 @@ class EverySample(torch.utils.data.Sampler):
     def __init__(self, n, batch, begin, steps, seed, rank):
         self.settings = n, batch, begin, steps, seed, rank
 
-    def __len__(self):
-        return self.settings[3] - self.settings[2]
-
     def __iter__(self):
         n, batch, begin, steps, seed, rank = self.settings
         for step in range(begin, steps):
             yield np.random.default_rng((seed, step, rank)).integers(n, size=batch).tolist()
 
-
 def augment_portraits(rgb, alpha):
-    """Portraits as people have them: (B, 3, P, P) in [-1, 1] and alpha (B, 1, P, P) -> (B, 3, P, P): shifted by up to 5 %, scaled by up
-    to 10 %, jittered in brightness, contrast and saturation, sometimes blurred, on white (half of them), a flat colour or a soft pattern."""
+    """Portraits as people have them: (B, 3, P, P) in [-1, 1], alpha (B, 1, P, P) -> (B, 3, P, P): shifted by up to 5 %, scaled by up to
+    10 %, jittered in brightness, contrast and saturation, sometimes blurred, on white (half of them), a flat colour or a soft pattern."""
     B, _, P, _ = rgb.shape
     def uniform(low, high):
         return low + (high - low) * torch.rand(B, 1, 1, 1, device=rgb.device)
@@ -65,19 +59,16 @@ def augment_portraits(rgb, alpha):
     theta = torch.cat([torch.eye(2, device=rgb.device) * scale, shift], dim=2)
     rgba = torch.cat([(rgb + 1) / 2 * alpha, alpha], dim=1)             # premultiplied
     rgba = F.grid_sample(rgba, F.affine_grid(theta, rgba.shape, align_corners=False), align_corners=False)
-    rgb, alpha = rgba[:, :3], rgba[:, 3:]
-    grey = rgb.mean(1, keepdim=True)
+    rgb, alpha, grey = rgba[:, :3], rgba[:, 3:], rgba[:, :3].mean(1, keepdim=True)
     mean = rgb.mean((1, 2, 3), keepdim=True) / alpha.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
     rgb = grey + (rgb - grey) * uniform(0.85, 1.15)
     rgb = (mean * alpha + (rgb - mean * alpha) * uniform(0.9, 1.1)) * uniform(0.9, 1.1)
-    kind = uniform(0, 1)
-    flat = torch.rand(B, 3, 1, 1, device=rgb.device)
+    kind, flat = uniform(0, 1), torch.rand(B, 3, 1, 1, device=rgb.device)
     pattern = F.interpolate(torch.rand(B, 3, 5, 5, device=rgb.device), size=P, mode='bicubic').clamp(0, 1)
     ground = torch.where(kind < 0.5, torch.ones_like(flat), torch.where(kind < 0.75, flat, pattern))
     rgb = (rgb + (1 - alpha) * ground).clamp(0, 1)
     soft = F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode='replicate'), 3, stride=1)
-    return torch.lerp(rgb, soft, (uniform(-1, 1)).clamp(min=0)) * 2 - 1
-
+    return torch.lerp(rgb, soft, uniform(-1, 1).clamp(min=0)) * 2 - 1
 
 def degrade(planes, size):
     """Condition augmentation (Rodin; a light BSRGAN degradation): planes (B, 3, C, R, R) -> low-resolution planes as a base model might
@@ -99,7 +90,6 @@ def degrade(planes, size):
         out.append(x)
     return torch.stack(out).clamp(-1, 1)
 
-
 def perceptual(config, vae, device):
     """Distance of two batches of patches (B, 3, p, p) in [-1, 1]: sum over layers of the mean squared feature difference (Eq. 6)."""
     if config.perceptual == 'vae':
@@ -111,7 +101,6 @@ def perceptual(config, vae, device):
         rh.stop(f'the VGG weights of --set perceptual=vgg could not be had ({type(error).__name__}); put vgg16-397923af.pth into '
                 f'{torch.hub.get_dir()}/checkpoints, or use --set perceptual=vae')
     return lambda a, b: network(a, b).mean()
-
 
 class ImageLoss:
     """Image-level supervision (Eq. 6): a patch of a random training view, rendered from predicted planes, against the photograph."""
@@ -136,24 +125,22 @@ class ImageLoss:
                     break
             yy, xx = torch.meshgrid(torch.arange(y, y + crop.shape[0]), torch.arange(x, x + crop.shape[1]), indexing='ij')
             rays_o, rays_d = rh.pixel_rays(views.c2w[0], views.intrinsics[0], xx.reshape(-1), yy.reshape(-1))
-            field = rh.PlaneField(planes.clamp(-1, 1).float(), self.decoder)
-            grid = None                 # without a grid the whole lattice is marched: cheaper for small patches of small planes
+            field, grid = rh.PlaneField(planes.clamp(-1, 1).float(), self.decoder), None    # no grid: cheaper for small patches and planes
             if self.config.patch_grid_updates:
-                with torch.no_grad():
-                    grid = rh.grid_for(field, self.config, self.device, self.config.patch_grid_updates)
+                grid = rh.grid_for(field, self.config, self.device, self.config.patch_grid_updates)
             rgb, _, _ = rh.render(field, rays_o.to(self.device), rays_d.to(self.device), self.config.steps, grid)
             ours.append(rgb.view(*crop.shape).permute(2, 0, 1) * 2 - 1)
             truth.append(crop.permute(2, 0, 1).to(self.device) * 2 - 1)
         ours, truth = torch.stack(ours), torch.stack(truth)
         return {'pixel': F.mse_loss(ours, truth) / 4, 'perceptual': 0.5 * self.distance(ours, truth)}
 
-
 def prepare(args, config, device):
     """Data set, network, and loss(network, batch) -> dict of terms, of a stage; and picture(network) -> image (H, W, 3) uint8."""
+    def portraits():
+        items = [data[i * len(data) // 6] for i in range(6)]
+        return items, torch.stack([rh.portrait_on_white(x['portrait'], x['alpha']) for x in items]).to(device)
     if args.stage == 'vae':
-        data, network = Views(args.data, config), rh.VAE(config)
-        crop = min(config.portrait, 128)
-
+        data, network, crop = Views(args.data, config), rh.VAE(config), min(config.portrait, 96)
         def loss(network, batch):
             images = augment_portraits(batch['portrait'], batch['alpha'])
             y, x = (int(torch.randint(config.portrait - crop + 1, ())) for _ in range(2))
@@ -162,20 +149,17 @@ def prepare(args, config, device):
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             edges = sum(F.l1_loss(torch.diff(out, dim=d), torch.diff(images, dim=d)) for d in (2, 3))
             return {'l1': F.l1_loss(out, images), 'edges': edges, 'kl': 1e-4 * kl}
-
         def picture(network):
-            items = [data[i * len(data) // 6] for i in range(6)]
-            images = torch.stack([rh.portrait_on_white(x['portrait'], x['alpha']) for x in items]).to(device)
+            images = portraits()[1]
             return torch.cat([images, network.decode(network.encode(images)[0])], dim=2)
         return data, network, loss, picture
 
-    data = rh.PlaneDataset(args.fits, args.data, config, low=args.stage == 'base')
-    vae, decoder = rh.load_model('vae', args.runs, device), rh.load_model('decoder', args.fits, device)
     base = args.stage == 'base'
+    data = rh.PlaneDataset(args.fits, args.data, config, low=base)
+    vae, decoder = rh.load_model('vae', args.runs, device), rh.load_model('decoder', args.fits, device)
     network, diffusion = (rh.BaseUNet if base else rh.UpsampleUNet)(config), rh.diffusion_of(args.stage, config)
     network.checkpoint = not base and bool(config.up_recompute)
     image_loss = None if base else ImageLoss(data, config, decoder, vae, device)
-
     def loss(network, batch):
         portrait = rh.encode_portrait(vae, augment_portraits(batch['portrait'], batch['alpha']), config)
         portrait = rh.drop(portrait, torch.rand(len(batch['index']), device=device) >= config.condition_drop)
@@ -185,18 +169,15 @@ def prepare(args, config, device):
         t = torch.randint(diffusion.timesteps, (len(x_start),), device=device)
         terms, predicted = diffusion.loss(network, x_start, t, torch.randn_like(x_start), portrait)
         return terms if base else {**terms, **image_loss(predicted[:config.patches], batch['index'][:config.patches])}
-
     def picture(network):
-        items = [data[i * len(data) // 6] for i in range(6)]
-        images = torch.stack([rh.portrait_on_white(x['portrait'], x['alpha']) for x in items]).to(device)
+        items, images = portraits()
         low = None if base else torch.stack([rh.resize_planes(x['planes'], config.base_resolution) for x in items]).to(device)
         planes = rh.sample_stage(args.stage, network, rh.encode_portrait(vae, images, config), config, low=low, guidance=1.0)
-        pose, intrinsics = rh.orbit_pose(0, 2).to(device), rh.intrinsics_of(34.0, config.portrait).to(device)
-        views = [rh.render_view(field, pose, intrinsics, config.portrait, config.portrait, config.steps, rh.grid_for(field, config, device, 4))
-                 for field in (rh.PlaneField(p, decoder) for p in rh.resize_planes(planes, config.resolution))]
-        return torch.cat([images, torch.stack([v for v, _ in views]).permute(0, 3, 1, 2) * 2 - 1], dim=2)
+        P, fields = config.portrait, [rh.PlaneField(p, decoder) for p in rh.resize_planes(planes, config.resolution)]
+        camera = rh.orbit_pose(0, 2).to(device), rh.intrinsics_of(34.0, P).to(device), P, P, config.steps
+        views = torch.stack([rh.render_view(field, *camera, rh.grid_for(field, config, device, 4))[0] for field in fields])
+        return torch.cat([images, views.permute(0, 3, 1, 2) * 2 - 1], dim=2)
     return data, network, loss, picture
-
 
 def main(args):
     config = rh.make_config(args.preset, args.set)
@@ -207,8 +188,7 @@ def main(args):
         return
     steps, batch, lr = (getattr(config, f'{ {"upsample": "up"}.get(args.stage, args.stage) }_{x}') for x in ('steps', 'batch', 'lr'))
     data, network, loss_of, picture = prepare(args, config, device)
-    network.to(device)
-    ema = rh.EMA(network, config.ema)
+    ema = rh.EMA(network.to(device), config.ema)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0)
     begin, state_path = 0, args.runs / f'{args.stage}-state.pt'
     if state_path.exists():
@@ -220,13 +200,10 @@ def main(args):
         optimizer.load_state_dict(state['optimizer'])
         ema.shadow, ema.updates, begin = {k: v.clone().to(device) for k, v in state['ema'].items()}, state['step'], state['step']
     model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == 'cuda' else None)
-    per_rank = max(batch // world, 1)
-    sampler = EverySample(len(data), per_rank, begin, steps, args.seed, rank)
+    sampler = EverySample(len(data), max(batch // world, 1), begin, steps, args.seed, rank)
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=args.workers)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 if args.bf16 is not None else device.type == 'cuda')
-    began = time.monotonic()
-
-    bar = tqdm(loader, initial=begin, total=steps, disable=rank > 0, desc=args.stage)
+    began, bar = time.monotonic(), tqdm(loader, initial=begin, total=steps, disable=rank > 0, desc=args.stage)
     for step, items in enumerate(bar, start=begin):
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)        # all that is random follows from the step
         for group in optimizer.param_groups:                                    # warm-up of 2 %, then a cosine to final_lr
@@ -234,13 +211,11 @@ def main(args):
             group['lr'] = lr * warm * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * step / steps)))
         with amp:
             terms = loss_of(model, {k: v.to(device) for k, v in items.items()})
-        loss = sum(terms.values())
         optimizer.zero_grad()
-        loss.backward()
+        sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         ema.update(network)
-
         if rank == 0 and (step % args.log == 0 or step == steps - 1):
             values = {k: round(v.item(), 6) for k, v in terms.items()}
             bar.set_postfix(values)
@@ -248,22 +223,19 @@ def main(args):
                 log.write(json.dumps({'step': step, **values, 'seconds': round(time.monotonic() - began, 1)}) + '\n')
         if rank == 0 and ((step + 1) % args.save == 0 or step == steps - 1):
             rh.write_model(args.runs / f'{args.stage}.pt', args.stage, config, ema.shadow, step + 1)
-            rh.write_checkpoint(state_path, f'{args.stage}-state', {
-                'config': vars(config), 'step': step + 1, 'model': network.state_dict(), 'ema': ema.shadow,
-                'optimizer': optimizer.state_dict()})
+            rh.write_checkpoint(state_path, f'{args.stage}-state', {'config': vars(config), 'step': step + 1, 'ema': ema.shadow,
+                                                                    'model': network.state_dict(), 'optimizer': optimizer.state_dict()})
             with torch.no_grad():
                 image = picture(rh.load_model(args.stage, args.runs, device)).clamp(-1, 1).permute(2, 0, 3, 1).flatten(1, 2)
             Image.fromarray(((image + 1) * 127.5).round().byte().cpu().numpy()).save(args.runs / f'{args.stage}.png')
     dist.barrier()
 
-
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--stage', required=True, choices=('vae', 'base', 'upsample'))
     p.add_argument('--preset', default='small', choices=rh.PRESETS)
-    p.add_argument('--data', type=Path, default=Path('data'))
-    p.add_argument('--fits', type=Path, default=Path('fits'))
-    p.add_argument('--runs', type=Path, default=Path('runs'))
+    for folder in ('data', 'fits', 'runs'):
+        p.add_argument(f'--{folder}', type=Path, default=Path(folder))
     p.add_argument('--vae', type=Path, help='with --stage vae: published AutoencoderKL weights to take instead of training')
     p.add_argument('--workers', type=int, default=0, help='processes that read data')
     p.add_argument('--log', type=int, default=20, help='steps between log lines')
@@ -273,7 +245,6 @@ def parse(argv=None):
     p.add_argument('--device', help='cuda where there is one, else cpu')
     p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='override settings of the preset')
     return p.parse_args(argv)
-
 
 if __name__ == '__main__':
     main(parse())

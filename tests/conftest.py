@@ -1,0 +1,30 @@
+"""Shared by all tests: the project's modules, and two small synthetic avatars drawn once."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import avatars  # noqa: E402
+import rodinhd as rh  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """A folder with two avatars of 64 x 64 pixels, 24 training and 4 held-out views."""
+    folder = tmp_path_factory.mktemp('avatars') / 'data'
+    avatars.main(avatars.parse(['--preset', 'tiny', '--count', '2', '--data', str(folder)]))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny():
+    return rh.make_config('tiny')

@@ -1,0 +1,199 @@
+"""The commands of the README, at tiny size: the whole walk from nothing to an avatar, under python and under torchrun."""
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import avatars
+import evaluate
+import fit
+import rodinhd as rh
+import sample
+import train
+
+SCRIPTS = {'avatars.py': avatars, 'fit.py': fit, 'train.py': train, 'sample.py': sample, 'evaluate.py': evaluate}
+
+
+def run(module, *args):
+    module.main(module.parse([str(a) for a in args]))
+
+
+@pytest.fixture(scope='module')
+def walk(tmp_path_factory, data):
+    """Every stage once, a few steps each: the folder that then holds data, fits, runs, samples and results."""
+    folder = tmp_path_factory.mktemp('walk')
+    (folder / 'data').symlink_to(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(fit, '--decoder', '--preset', 'tiny', '--watch', '--set', 'inner=10', 'outer=2')
+        run(fit, '--preset', 'tiny', '--set', 'fit_steps=40')
+        run(train, '--stage', 'vae', '--preset', 'tiny', '--set', 'vae_steps=4')
+        run(train, '--stage', 'base', '--preset', 'tiny', '--set', 'base_steps=4')
+        run(train, '--stage', 'upsample', '--preset', 'tiny', '--set', 'up_steps=4')
+        run(sample, '--unconditional', '--count', 2, '--frames', 2, '--size', 32)
+        run(sample, '--portrait', 'data/avatar_0000/train/r_000.png', '--frames', 2, '--size', 32, '--name', 'me')
+        run(evaluate, '--views', 2)
+        run(evaluate, '--forgetting', 'fits')
+    return folder
+
+
+def test_the_whole_walk(walk):
+    assert {p.name for p in (walk / 'fits').iterdir()} == {
+        'decoder.pt', 'decoder.json', 'decoder.jsonl', 'fit.json', 'avatar_0000.pt', 'avatar_0001.pt'}
+    planes = rh.read_checkpoint(walk / 'fits/avatar_0000.pt', 'planes')
+    assert planes['planes'].shape == (3, 8, 32, 32) and planes['planes'].dtype == torch.float16 and planes['low'].shape == (3, 8, 8, 8)
+    assert {f'{s}{e}' for s in ('vae', 'base', 'upsample') for e in ('.pt', '-state.pt', '.jsonl', '.png')} == {
+        p.name for p in (walk / 'runs').iterdir()}
+    for stage, terms in {'vae': {'l1', 'edges', 'kl'}, 'base': {'mse', 'vlb'}, 'upsample': {'mse', 'pixel', 'perceptual'}}.items():
+        line = json.loads((walk / f'runs/{stage}.jsonl').read_text().splitlines()[-1])
+        assert line['step'] == 3 and terms < line.keys()
+    assert {p.name for p in (walk / 'samples/me').iterdir()} == {'portrait.png', 'grid.png', 'turntable.webp', 'turntable.gif', 'planes.pt'}
+    assert Image.open(walk / 'samples/me/grid.png').size == (7 * 32, 32)
+    assert Image.open(walk / 'samples/unconditional/turntable.gif').n_frames == 2
+    table = json.loads((walk / 'results/evaluate.json').read_text())['mean']
+    assert table.keys() == {'fitted', 'generated', 'nearest', 'mean'} and {'PSNR', 'SSIM', 'VAE'} <= table['fitted'].keys()
+    assert (walk / 'results/evaluate.png').exists() and (walk / 'results/forgetting.png').exists()
+    log = [json.loads(line) for line in (walk / 'fits/decoder.jsonl').read_text().splitlines()]
+    assert len(log) == 4 and 'iwc' in log[-1] and 'iwc' not in log[0]   # consolidation acts from the second visit on
+
+
+def test_finished_work_is_skipped(walk, monkeypatch):
+    monkeypatch.chdir(walk)
+    before = {p: p.stat().st_mtime_ns for p in (walk / 'fits').glob('avatar*.pt')}
+    run(fit, '--preset', 'tiny', '--set', 'fit_steps=40')
+    assert before == {p: p.stat().st_mtime_ns for p in (walk / 'fits').glob('avatar*.pt')}
+
+
+def test_training_goes_on_to_the_same_weights(walk, monkeypatch, tmp_path):
+    """Six steps at once, and three with an interruption then three, give the same bits."""
+    monkeypatch.chdir(walk)
+    command = ['--stage', 'base', '--preset', 'tiny', '--save', 3, '--set', 'base_steps=6']
+    for runs in ('whole', 'halves'):
+        (tmp_path / runs).mkdir()
+        (tmp_path / runs / 'vae.pt').write_bytes((walk / 'runs/vae.pt').read_bytes())
+    run(train, *command, '--runs', tmp_path / 'whole')
+
+    class Killed(Exception):
+        pass
+
+    def die(step, original=rh.EMA.update):
+        def update(self, module):
+            if self.updates == step:
+                raise Killed
+            original(self, module)
+        return update
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(rh.EMA, 'update', die(4))
+        run(train, *command, '--runs', tmp_path / 'halves')
+    run(train, *command, '--runs', tmp_path / 'halves')
+    a, b = (rh.read_checkpoint(tmp_path / r / 'base-state.pt', 'base-state') for r in ('whole', 'halves'))
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+    assert all(torch.equal(a['ema'][k], b['ema'][k]) for k in a['ema'])
+    with pytest.raises(SystemExit, match=r'other settings .base_lr'):
+        run(train, *command, 'base_lr=1', '--runs', tmp_path / 'halves')
+
+
+def test_a_seed_gives_the_same_avatar_in_any_batch(walk, monkeypatch):
+    monkeypatch.chdir(walk)
+    run(sample, '--unconditional', '--frames', 1, '--size', 16, '--seed', 1, '--name', 'alone')
+    together, alone = (rh.read_checkpoint(walk / f'samples/{n}/planes.pt', 'avatars')['planes'] for n in ('unconditional', 'alone'))
+    assert torch.allclose(together[1], alone[0], atol=2e-2)             # avatar 1 of seed 0 is avatar 0 of seed 1
+
+
+def command(*args, cwd):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['fit.py', '--data', 'nothing', '--preset', 'tiny', '--decoder'], 'draw some with `python avatars.py`'),
+    (['fit.py', '--data', 'data', '--fits', 'nothing', '--preset', 'tiny'], 'make it with python fit.py --decoder'),
+    (['train.py', '--stage', 'base', '--preset', 'tiny', '--fits', 'nothing'], 'run fit.py --decoder, then fit.py'),
+    (['train.py', '--stage', 'base', '--preset', 'tiny', '--runs', 'nothing'], 'make it with python train.py --stage vae'),
+    (['train.py', '--stage', 'base', '--preset', 'small'], 'do not fit preset small'),
+    (['sample.py', '--portrait', 'missing.png'], 'no such image'),
+    (['avatars.py', '--count', '0'], 'count'),
+])
+def test_what_is_out_of_order_ends_in_one_line(walk, args, message):
+    result = command(ROOT / args[0], *args[1:], cwd=walk)
+    lines = [line for line in result.stderr.splitlines() if line.strip() and '%|' not in line]
+    assert result.returncode in (1, 2) and len(lines) == 1 and message in lines[0], result.stderr
+    assert not list(walk.rglob('*.tmp'))
+
+
+@pytest.mark.parametrize('args', [
+    ['fit.py', '--decoder', '--preset', 'tiny', '--fits', 'fits2', '--set', 'inner=5', 'outer=2', 'fit_avatars=1'],
+    ['fit.py', '--preset', 'tiny', '--fits', 'fits3', '--set', 'fit_steps=5'],
+    ['train.py', '--stage', 'upsample', '--preset', 'tiny', '--runs', 'runs2', '--set', 'up_steps=2'],
+    ['evaluate.py', '--views', '1', '--out', 'results2'],
+], ids=['fit-decoder', 'fit', 'train', 'evaluate'])
+def test_two_ranks(walk, args):
+    """Under torchrun; one avatar for two ranks, so one of them has nothing to do."""
+    for folder, kept in {'fits3': 'fits/decoder.pt', 'runs2': 'runs/vae.pt'}.items():
+        (walk / folder).mkdir(exist_ok=True)
+        (walk / folder / kept.split('/')[1]).write_bytes((walk / kept).read_bytes())
+    result = command('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / args[0], *args[1:], cwd=walk)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_two_ranks_average_what_is_active():
+    """Gradients 2 and 4 of two ranks average to 3; with the second idle, to 2."""
+    program = f'''import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, fit, rodinhd as rh
+rank, world, device = rh.start('cpu')
+p = torch.nn.Parameter(torch.zeros(3)); p.grad = torch.full((3,), 2.0 + 2 * rank)
+fit.average_gradients([p]); assert p.grad.tolist() == [3.0] * 3, p.grad
+p.grad = torch.full((3,), 2.0 + 2 * rank)
+fit.average_gradients([p], active=rank == 0); assert p.grad.tolist() == [2.0] * 3, p.grad
+'''
+    script = ROOT / 'tests' / '.average.py'
+    script.write_text(program)
+    try:
+        result = command('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script, cwd=ROOT)
+    finally:
+        script.unlink()
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def readme_commands():
+    text = (ROOT / 'README.md').read_text()
+    blocks = re.findall(r'```(?:sh|bash)?\n(.*?)```', text, re.S)
+    lines = [line.split('#')[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.match(r'(python|torchrun)\b.*\.py', line)]
+
+
+def test_the_readmes_commands_parse():
+    """Every command line of the README that runs one of our scripts names options that exist."""
+    commands = readme_commands()
+    assert len(commands) >= 8
+    for line in commands:
+        words = shlex.split(line)
+        script = next((w for w in words if w in SCRIPTS), None)
+        if script:
+            SCRIPTS[script].parse(words[words.index(script) + 1:])
+
+
+def test_layout():
+    """Chapters in order, two files a command: scripts import rodinhd and never one another; the budgets of lines hold."""
+    lines = (ROOT / 'rodinhd.py').read_text().splitlines()
+    chapters = [int(m.group(1)) for line in lines if (m := re.match(r'# (\d+) .*---$', line))]
+    assert chapters == list(range(1, 12)) and len(lines) <= 1300
+    for name in SCRIPTS:
+        text = (ROOT / name).read_text()
+        assert len(text.splitlines()) <= 250
+        assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate)\b', text, re.M)
+    assert set((ROOT / 'requirements.txt').read_text().split()) == {'torch', 'numpy', 'pillow', 'tqdm', 'lpips', 'scipy'}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_rendering_on_a_gpu_is_rendering_on_the_cpu(tiny):
+    planes, decoder = torch.randn(3, 8, 32, 32) * 0.3, rh.Decoder(tiny)
+    pose, k = rh.orbit_pose(30, 10), rh.intrinsics_of(34.0, 32)
+    cpu = rh.render_view(rh.PlaneField(planes, decoder), pose, k, 32, 32, tiny.steps)[0]
+    gpu = rh.render_view(rh.PlaneField(planes.cuda(), decoder.cuda()), pose.cuda(), k.cuda(), 32, 32, tiny.steps)[0]
+    assert (cpu - gpu.cpu()).abs().max() < 1e-3
