@@ -10,6 +10,7 @@ the training avatar with the nearest portrait, and `mean`, the mean of the train
 """
 import argparse
 import contextlib
+import copy
 import io
 import json
 from pathlib import Path
@@ -68,7 +69,9 @@ class Baselines:
         self.fits, self.device = args.fits, device
         self.folders = [f for f in rh.list_avatars(args.train or args.data) if (args.fits / f'{f.name}.pt').exists()]
         self.portraits = [rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(f), 64)) for f in self.folders]
-        self.mean = sum(read_planes(args.fits / f'{f.name}.pt', device) / len(self.folders) for f in self.folders)
+        self.mean = sum(read_planes(args.fits / f'{f.name}.pt', device) / len(self.folders) for f in self.folders) if self.folders else None
+        if not self.folders and dist.get_rank() == 0:
+            print(f'{args.fits} holds no planes of {args.train or args.data}: no baselines (fit them with python fit.py)')
 
     def nearest(self, folder):
         """An avatar is not its own neighbour; with nobody else there is None."""
@@ -78,20 +81,20 @@ class Baselines:
 
 
 def load(args, device):
-    """Models of the generator: those of --runs if there is any, else weights/, else None; and the decoder of --fits, else weights/."""
+    """The generator's models, of --runs (with the decoder of --fits) if it was trained there, else of weights/; and the decoder of --fits,
+    which may be another one, for what was fitted there."""
     weights = Path(__file__).parent / 'weights'
-    where = next((f for f in (args.runs, weights) if (f / 'upsample.pt').exists()), None)
-    models = {k: rh.load_model(k, where, device) for k in ('vae', 'base', 'upsample')} if where else {}
-    models['decoder'] = rh.load_model('decoder', args.fits if (args.fits / 'decoder.pt').exists() else weights, device)
-    return models
+    trained = any((args.runs / f'{k}.pt').exists() for k in ('base', 'upsample'))
+    models = {k: rh.load_model(k, args.runs if trained else weights, device) for k in ('vae', 'base', 'upsample')}
+    models['decoder'] = rh.load_model('decoder', args.fits if trained else weights, device)
+    fitted = rh.load_model('decoder', args.fits, device) if (args.fits / 'decoder.pt').exists() else models['decoder']
+    return models, fitted
 
 
 def evaluate(args, rank, world, device):
-    models = load(args, device)
-    decoder, config = models['decoder'], models['upsample' if 'upsample' in models else 'decoder'].config
-    distances = {'PSNR': lambda a, b: rh.psnr(a, b), 'SSIM': ssim, 'LPIPS': lpips_metric()}
-    if 'vae' in models:
-        distances['VAE'] = vae_distance(models['vae'].cpu() if device.type != 'cpu' else models['vae'])
+    models, fitted_decoder = load(args, device)
+    config = models['upsample'].config
+    distances = {'PSNR': rh.psnr, 'SSIM': ssim, 'LPIPS': lpips_metric(), 'VAE': vae_distance(copy.deepcopy(models['vae']).cpu())}
     baselines = Baselines(args, config, device)
     folders = rh.list_avatars(args.data)
     if args.count and len(folders) > args.count:
@@ -104,9 +107,7 @@ def evaluate(args, rank, world, device):
         if (args.fits / f'{folder.name}.pt').exists():
             candidates['fitted'] = read_planes(args.fits / f'{folder.name}.pt', device)
         portrait = rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), config.portrait))
-        if 'upsample' in models:
-            models['vae'].to(device)
-            candidates['generated'] = rh.generate(models, portrait[None], args.guidance, args.steps, seed=args.seed)[0][0]
+        candidates['generated'] = rh.generate(models, portrait[None], args.guidance, args.steps, seed=args.seed)[0][0]
         candidates['nearest'] = baselines.nearest(folder)
         candidates['mean'] = baselines.mean
         height, width = views.images.shape[1:3]
@@ -116,9 +117,10 @@ def evaluate(args, rank, world, device):
         for name, planes in candidates.items():
             if planes is None:
                 continue
+            decoder = models['decoder'] if name == 'generated' else fitted_decoder
             field = rh.PlaneField(planes, decoder)
-            grid = rh.grid_for(field, config, device)
-            ours = [rh.render_view(field, c.to(device), k.to(device), height, width, config.steps, grid)[0].cpu().permute(2, 0, 1)
+            grid = rh.grid_for(field, decoder.config, device)
+            ours = [rh.render_view(field, c.to(device), k.to(device), height, width, decoder.config.steps, grid)[0].cpu().permute(2, 0, 1)
                     for c, k in zip(views.c2w, views.intrinsics)]
             results[folder.name][name] = {m: sum(map(f, ours, truth)) / len(truth) for m, f in distances.items() if f}
             strip += [ours[0], ours[-1]]

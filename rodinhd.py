@@ -3,8 +3,7 @@
 Two walks through this file; every node is the name of its function:
   fitting     load_views -> Rays.draw -> march -> sample_planes -> Decoder -> composite -> fit_avatar's losses (replay is in fit.py)
   generation  read_portrait -> VAE.encode -> PortraitTokens -> BaseUNet (Diffusion.sample) -> UpsampleUNet -> PlaneField -> render
-Chapters: 1 Configuration, 2 Cameras and rays, 3 Avatars on disk, 4 Triplane, 5 Decoder, 6 Volume rendering, 7 Fitting,
-8 Portrait features, 9 3D-aware U-Net, 10 Diffusion, 11 Running (grep -n '^# [0-9]' prints where they start).
+Eleven chapters follow the data, leaves first: grep -n '^# [0-9]' rodinhd.py prints where they start.
 Letters in shape comments: B batch, V views, N rays or points, S samples, C plane channels, R plane resolution (r low), L portrait
 tokens, T timesteps, G occupancy cells a side, M texels.
 Conventions: planes (B, 3, C, R, R) are xy, xz, yz with (width, height) axes in that order. World Z up, faces look along -Y, content in
@@ -12,6 +11,7 @@ Conventions: planes (B, 3, C, R, R) are xy, xz, yz with (width, height) axes in 
 References: RodinHD (ECCV 2024), "the paper"; Rodin (CVPR 2023); instant-ngp (Mueller 2022) for the occupancy grid; elastic weight
 consolidation (Kirkpatrick 2017); Improved DDPM (Nichol 2021); Chen 2023 for the noise schedules; SDXL (Podell 2023) for the VAE.
 """
+import atexit
 import contextlib
 import functools
 import json
@@ -99,8 +99,7 @@ class Config:
     patch_grid_updates: int = 16
     perceptual: str = 'vgg'             # network of the image-level loss: vgg (through lpips) or vae (the project's own encoder)
 
-PRESETS = {
-    'paper': {},
+PRESETS = {'paper': {},
     'small': dict(
         channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250, outer=6,
         fit_steps=1000, rays=384, lr_planes=2e-2, lr_decoder=2e-3, weight_empty=1e-2, weight_iwc=3e3, rescale=0.25,
@@ -1205,6 +1204,7 @@ def start(device=None, seed=0):
     if not dist.is_initialized():
         alone = {} if 'RANK' in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', **alone)
+        atexit.register(dist.destroy_process_group)
     rank, world = dist.get_rank(), dist.get_world_size()
     if device == 'cuda':
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
