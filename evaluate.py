@@ -129,10 +129,10 @@ def evaluate(args, rank, world, device):
     dist.all_gather_object(gathered, results)
     dist.all_gather_object(all_pictures, [p for p in pictures if p.shape == pictures[0].shape][:8])
     if rank == 0:
-        report(args, {k: v for part in gathered for k, v in sorted(part.items())}, [p for part in all_pictures for p in part][:8], models)
+        report(args, {k: v for part in gathered for k, v in sorted(part.items())}, [p for part in all_pictures for p in part][:8])
 
 
-def report(args, results, pictures, models):
+def report(args, results, pictures):
     """Prints the table of means, and writes results/evaluate.json and the picture: portrait, two truths, two views of each candidate."""
     names = [n for n in ('fitted', 'generated', 'nearest', 'mean') if any(n in r for r in results.values())]
     metrics = [m for m in ('PSNR', 'SSIM', 'LPIPS', 'VAE') if any(m in c for r in results.values() for c in r.values())]

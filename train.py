@@ -27,7 +27,6 @@ import rodinhd as rh
 
 class Views(torch.utils.data.Dataset):
     """All training images of all avatars, for the VAE: portrait (3, P, P) in [-1, 1] and alpha (1, P, P)."""
-
     def __init__(self, data, config):
         self.size = config.portrait
         self.paths = [frame['path'] for folder in rh.list_avatars(data) for frame in rh.read_frames(folder, 'train')[1]]
@@ -40,7 +39,6 @@ class Views(torch.utils.data.Dataset):
 
 class EverySample(torch.utils.data.Sampler):
     """Batches of indices that follow from the seed, the step and the rank alone; any number of items serves any batch size."""
-
     def __init__(self, n, batch, begin, steps, seed, rank):
         self.settings = n, batch, begin, steps, seed, rank
 
@@ -93,7 +91,7 @@ def degrade(planes, size):
 def perceptual(config, vae, device):
     """Distance of two batches of patches (B, 3, p, p) in [-1, 1]: sum over layers of the mean squared feature difference (Eq. 6)."""
     if config.perceptual == 'vae':
-        return lambda a, b: sum(F.mse_loss(x, y) for x, y in zip(vae.features(a), vae.features(b), strict=True))
+        return lambda a, b: sum(F.mse_loss(x, y) / y.var() for x, y in zip(vae.features(a), vae.features(b)))
     import lpips
     try:
         network = lpips.LPIPS(net='vgg', lpips=False, verbose=False).to(device).requires_grad_(False)
@@ -104,7 +102,6 @@ def perceptual(config, vae, device):
 
 class ImageLoss:
     """Image-level supervision (Eq. 6): a patch of a random training view, rendered from predicted planes, against the photograph."""
-
     def __init__(self, data, config, decoder, vae, device):
         self.data, self.config, self.decoder = data, config, decoder
         self.distance, self.device = perceptual(config, vae, device), device
@@ -116,7 +113,10 @@ class ImageLoss:
         ours, truth, p = [], [], self.config.patch
         for planes, i in zip(x_start, index.tolist()):
             folder = self.data.folders[i]
-            views = rh.load_views(folder, 'train', rh.read_box(folder), pick=int(torch.randint(2 ** 30, ())))
+            pick, spread = int(torch.randint(2 ** 30, ())), 2 ** int(1 + torch.multinomial(torch.tensor([0.35, 0.45, 0.2]), 1))
+            views = rh.load_views(folder, 'train', rh.read_box(folder), pick=pick)
+            if views.images.shape[1] >= 2 * p * spread:                 # the image becomes 2, 4 or 8 patches wide
+                views = rh.load_views(folder, 'train', rh.read_box(folder), views.images.shape[1] // (p * spread), pick=pick)
             height, width = views.images.shape[1:3]
             for _ in range(2):          # an almost white crop is drawn again, once
                 y, x = (int(torch.randint(max(n - p, 0) + 1, ())) for n in (height, width))
