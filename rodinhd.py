@@ -8,8 +8,7 @@ Letters in shape comments: B batch, V views, N rays or points, S samples, C plan
 tokens, T timesteps, G occupancy cells a side, M texels.
 Conventions: planes (B, 3, C, R, R) are xy, xz, yz with (width, height) axes in that order. World Z up, faces look along -Y, content in
 [-1, 1]^3. Cameras are camera-to-world in the Blender/OpenGL convention, pixel centres at +0.5. Images are composited on white.
-References: RodinHD (ECCV 2024), "the paper"; Rodin (CVPR 2023); instant-ngp (Mueller 2022) for the occupancy grid; elastic weight
-consolidation (Kirkpatrick 2017); Improved DDPM (Nichol 2021); Chen 2023 for the noise schedules; SDXL (Podell 2023) for the VAE.
+References: "the paper" is RodinHD (ECCV 2024); Rodin (CVPR 2023); instant-ngp (occupancy grid); EWC; Improved DDPM; Chen 2023; SDXL.
 """
 import atexit
 import contextlib
@@ -73,6 +72,7 @@ class Config:
     base_aware: tuple = (128,)          # plane heights with 3D-aware convolution
     head_width: int = 64
     base_timesteps: int = 1000
+    base_predict: str = 'noise'         # or x_start, which learns within hours where noise takes days: `small` and `tiny`
     up_width: int = 128
     up_mult: tuple = (1, 2, 4)
     up_blocks: int = 2
@@ -106,14 +106,14 @@ PRESETS = {'paper': {},
         vae_widths=(16, 32, 64, 64), vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4),
         base_blocks=1, base_attention=(16, 8, 4), base_aware=(32,), head_width=32, up_width=16, up_blocks=1, up_body=2, up_recompute=0,
         vae_steps=1500, vae_batch=8, vae_lr=1e-3, base_steps=3000, base_batch=8, base_lr=4e-4, up_steps=1200, up_batch=2, up_lr=1e-3,
-        final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
+        base_predict='x_start', final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
     'tiny': dict(
         channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=30, outer=3, fit_steps=150,
         rays=512, lr_planes=4e-2, lr_decoder=4e-3, weight_empty=1e-2, rescale=0.25, portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1,
         vae_scale=1.0, token_width=32, pool_width=16, base_width=32, base_mult=(1, 1, 1), base_blocks=1, base_attention=(8, 4, 2),
         base_aware=(8,), head_width=16, up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8, up_recompute=0,
         vae_steps=60, vae_batch=8, vae_lr=3e-3, base_steps=100, base_batch=8, base_lr=2e-3, up_steps=60, up_batch=4, up_lr=2e-3,
-        final_lr=0.1, ema=0.95, patch=16, patch_grid_updates=0, perceptual='vae'),
+        base_predict='x_start', final_lr=0.1, ema=0.95, patch=16, patch_grid_updates=0, perceptual='vae'),
 }
 
 def stop(message):
@@ -1275,7 +1275,7 @@ def load_model(kind, folder, device):
 
 def diffusion_of(stage, config):
     """The Diffusion of stage 'base' (cosine, predicts noise and variance) or 'upsample' (sigmoid, predicts x_start)."""
-    return (Diffusion('cosine', config.base_timesteps, 'noise', learned_variance=True) if stage == 'base' else
+    return (Diffusion('cosine', config.base_timesteps, config.base_predict, learned_variance=True) if stage == 'base' else
             Diffusion('sigmoid', config.up_timesteps, 'x_start'))
 
 @torch.no_grad()
@@ -1290,11 +1290,11 @@ def sample_stage(stage, network, portrait, config, low=None, guidance=1.0, steps
 
 def generate(models, images, guidance=None, steps=None, eta=1.0, seed=0, progress=False):
     """Images (B, 3, P, P) in [-1, 1], or a number of unconditional avatars -> planes, low-resolution planes. models: of load_model."""
-    config, device, count = models['upsample'].config, next(models['base'].parameters()).device, images
+    config, device, count = models['base'].config, next(models['base'].parameters()).device, images
     if isinstance(count, int):
         images, guidance = torch.zeros(count, 3, config.portrait, config.portrait), 1.0
     portrait = encode_portrait(models['vae'], images.to(device), config)
     portrait = null_like(portrait) if isinstance(count, int) else portrait
     guidance = config.guidance if guidance is None else guidance
     low = sample_stage('base', models['base'], portrait, config, None, guidance, steps, eta, seed, progress)
-    return sample_stage('upsample', models['upsample'], portrait, config, low, 1.0, steps, eta, seed, progress), low
+    return sample_stage('upsample', models['upsample'], portrait, models['upsample'].config, low, 1.0, steps, eta, seed, progress), low
