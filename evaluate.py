@@ -160,8 +160,9 @@ def forgetting(args):
     for folder in args.forgetting:
         try:
             lines = [json.loads(line) for line in (folder / 'decoder.jsonl').read_text().splitlines()]
-            curves[folder.name] = [r['first_avatar_psnr'] for r in lines]
-        except (OSError, ValueError, KeyError):
+            curves[str(folder)] = [r['first_avatar_psnr'] for r in lines]
+            curves[str(folder)][0]
+        except (OSError, ValueError, KeyError, IndexError):
             rh.stop(f'{folder}/decoder.jsonl: not a log of fit.py --decoder --watch')
     W, H, left, colours = 720, 360, 50, ('#c0392b', '#2060b0', '#208040', '#806010')
     low, high = (f(v for c in curves.values() for v in c) for f in (min, max))
@@ -172,11 +173,12 @@ def forgetting(args):
         y = H - 40 - (dB - low) / (high - low) * (H - 60)
         draw.line([(left, y), (W - 10, y)], fill='#dddddd')
         draw.text((8, y - 6), f'{dB} dB', fill='black')
-    for (name, curve), colour in zip(curves.items(), colours):
-        points = [(left + i / max(len(curve) - 1, 1) * (W - left - 10), H - 40 - (v - low) / (high - low) * (H - 60))
-                  for i, v in enumerate(curve)]
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = colours[i % len(colours)]
+        points = [(left + (k + 1) / len(curve) * (W - left - 10), H - 40 - (v - low) / (high - low) * (H - 60))
+                  for k, v in enumerate(curve)]
         draw.line(points, fill=colour, width=3)
-        draw.text((W - 160, 10 + 14 * list(curves).index(name)), name, fill=colour)
+        draw.text((W - 160, 10 + 14 * i), name, fill=colour)
     draw.text((left, H - 26), 'training of the decoder, share of its steps, 0 to 1; PSNR of the first avatar', fill='black')
     args.out.mkdir(parents=True, exist_ok=True)
     image.save(args.out / 'forgetting.png')
@@ -186,6 +188,8 @@ def forgetting(args):
 
 def main(args):
     rank, world, device = rh.start(args.device, args.seed)
+    if args.views < 1 or (args.count or 1) < 1 or not 1 <= (args.steps or 1) <= 100:
+        rh.stop('--views and --count must be at least 1, --steps 1 to 100')
     if args.forgetting:
         return forgetting(args)
     evaluate(args, rank, world, device)

@@ -11,6 +11,7 @@ an interruption. Both print the PSNR of held-out views, and write it to fits/dec
 import argparse
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -63,12 +64,16 @@ def visit_psnr(saved, views, decoder, config):
     grid.refresh()
     return held_out_psnr(rh.PlaneField(saved['planes'].to(device), decoder), views, config, grid)
 
-def write_planes(path, planes, box, config, scores):
+def fingerprint(decoder):
+    """A number that tells decoders apart: planes mean nothing under another one."""
+    return zlib.crc32(b''.join(p.detach().cpu().numpy().tobytes() for p in decoder.parameters()))
+
+def write_planes(path, planes, box, config, decoder, scores):
     """One avatar's file: planes and low-resolution planes in fp16, box, held-out PSNR."""
     half = planes.cpu().contiguous().half()
     rh.write_checkpoint(path, 'planes', {
         'planes': half, 'low': rh.resize_planes(planes.cpu(), config.base_resolution).half(),
-        'centre': box[0], 'half': box[1], 'psnr': scores})
+        'centre': box[0], 'half': box[1], 'psnr': scores, 'decoder': fingerprint(decoder)})
 
 def summary(args, name, scores):
     """Gathers {avatar: held-out PSNRs} of all ranks; rank 0 prints the table and writes it as JSON."""
@@ -89,7 +94,9 @@ def fit_decoder(args, config, rank, world, device):
     folders = [folders[i * len(folders) // count] for i in range(count)]        # spread, so that neighbours in name do not crowd it
     outer, inner = (config.outer, config.inner) if count > 1 else (1, config.outer * config.inner)     # one avatar cannot be forgotten
     rounds = -(-count // world)
-    folder, config_dict = args.fits / 'decoder-state', vars(config)
+    folder, config_dict = args.fits / 'decoder-state', {**vars(config), 'seed': args.seed, 'downscale': args.downscale}
+    if (args.fits / 'decoder.pt').exists() and not folder.exists() and rh.load_model('decoder', args.fits, device).config == config:
+        return print(f'{args.fits}/decoder.pt is trained with these settings already; delete it to train again')
 
     decoder = rh.Decoder(config).to(device)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=config.lr_decoder, betas=(0.9, 0.99), eps=1e-15,
@@ -110,9 +117,9 @@ def fit_decoder(args, config, rank, world, device):
         e, place = n // rounds, n % rounds * world + rank
         optimizer.param_groups[0]['lr'] = config.lr_decoder * 0.1 ** (e / outer)
         if place < count:
-            path = folder / f'{folders[place].name}.pt'
-            views, held_out, box = load(folders[place], args)
-            saved = rh.read_checkpoint(path, 'visit') if e and path.exists() else None
+            path = folder / str(e % 2) / f'{folders[place].name}.pt'            # two sets in turn: a repeated round finds what it read
+            views, _, _ = load(folders[place], args)
+            saved = rh.read_checkpoint(folder / str((e - 1) % 2) / path.name, 'visit') if e else None
             planes = saved['planes'] if saved else new_planes(config, decoder, torch.Generator().manual_seed(args.seed + place))
             memory = saved['memory'] if saved and config.weight_iwc else None
             if memory:
@@ -127,12 +134,13 @@ def fit_decoder(args, config, rank, world, device):
             for _ in range(inner):
                 average_gradients(decoder.parameters(), active=False)
                 optimizer.step()
+            optimizer.zero_grad()
         dist.barrier()
         if rank == 0:
             fisher = max(v.max().item() for v in memory['fisher'].values())
             record = {'visit': n, 'avatar': folders[place].name, 'fisher_max': fisher, **terms}
             if args.watch:
-                record['first_avatar_psnr'] = watch(folders[0], folder, decoder, config, args)
+                record['first_avatar_psnr'] = watch(folders[0], folder / str(e % 2), decoder, config, args)
             history.append(record)
             bar.set_postfix_str(f'rgb loss {terms["rgb"]:.5f}')
             rh.write_checkpoint(folder / 'state.pt', 'decoder-state', {
@@ -147,10 +155,10 @@ def fit_decoder(args, config, rank, world, device):
     scores = {}
     for path in folders[rank::world]:
         _, held_out, box = load(path, args)
-        saved = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit')
+        saved = rh.read_checkpoint(folder / str((outer - 1) % 2) / f'{path.name}.pt', 'visit')
         scores[path.name] = visit_psnr(saved, held_out, decoder, config) if held_out else []
         if count == 1:                                                          # a lone scene is done: its decoder is its own
-            write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, scores[path.name])
+            write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, decoder, scores[path.name])
     summary(args, 'decoder', scores)
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -174,8 +182,8 @@ def fit_planes(args, config, rank, world, device):
     bar = tqdm(folders[rank::world], disable=rank > 0, desc='avatars')
     for folder in bar:
         path = args.fits / f'{folder.name}.pt'
-        if path.exists():
-            scores[folder.name] = rh.read_checkpoint(path, 'planes')['psnr']
+        if path.exists() and (saved := rh.read_checkpoint(path, 'planes')).get('decoder') == fingerprint(decoder):
+            scores[folder.name] = saved['psnr']
             continue
         views, held_out, box = load(folder, args)
         planes, grid, _ = rh.fit_avatar(
@@ -183,12 +191,14 @@ def fit_planes(args, config, rank, world, device):
             steps=None if args.seconds else config.fit_steps, seconds=args.seconds,
             report=lambda done, t, name=folder.name: bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
         scores[folder.name] = held_out_psnr(rh.PlaneField(planes, decoder), held_out, config, grid) if held_out else []
-        write_planes(path, planes, box, config, scores[folder.name])
+        write_planes(path, planes, box, config, decoder, scores[folder.name])
     summary(args, 'fit', scores)
 
 def main(args):
     config = rh.make_config(args.preset, args.set)
     rank, world, device = rh.start(args.device, args.seed)
+    if min(args.downscale, args.held_out, 1 if args.count is None else args.count) < 1 or not (args.seconds is None or args.seconds > 0):
+        rh.stop('--downscale, --held-out, --count and --seconds must be positive')
     if args.seconds and world > 1 and args.decoder:
         rh.stop('--seconds with --decoder needs one rank: ranks must agree on the number of steps')
     args.fits.mkdir(parents=True, exist_ok=True)

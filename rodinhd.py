@@ -16,10 +16,10 @@ import functools
 import json
 import math
 import os
-import random
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,11 +131,13 @@ def make_config(preset, overrides=()):
         kind = type(defaults[name])
         try:
             values[name] = tuple(int(v) for v in text.split(',')) if kind is tuple else kind(text)
-        except ValueError:
-            stop(f'--set {item}: {name} takes {"integers with commas between" if kind is tuple else "a " + kind.__name__}')
+            least = int(kind is int and name not in ('up_recompute', 'patch_grid_updates'))
+            assert kind in (tuple, str) or values[name] >= least
+        except (ValueError, AssertionError):
+            stop(f'--set {item}: {name} takes {"integers with commas between" if kind is tuple else "a positive " + kind.__name__}')
     config = Config(**values)
-    if config.channels % 4 or config.resolution % 4 or config.resolution % config.base_resolution:
-        stop(f'channels {config.channels} and resolution {config.resolution} must divide by 4, '
+    if config.channels % 4 or config.resolution % 4 or config.resolution % config.base_resolution or config.portrait % 64:
+        stop(f'channels {config.channels} and resolution {config.resolution} must divide by 4, portrait {config.portrait} by 64, '
              f'and resolution by base_resolution {config.base_resolution}')
     return config
 
@@ -159,7 +161,7 @@ def pixel_rays(c2w, intrinsics, x, y):
     """Rays through pixels: c2w (N, 4, 4) or (4, 4), intrinsics (N, 4) or (4,), column x and row y (N,) -> rays_o, rays_d (N, 3)."""
     fx, fy, cx, cy = intrinsics.unbind(-1)
     d = torch.stack([(x + 0.5 - cx) / fx, -(y + 0.5 - cy) / fy, -torch.ones_like(x, dtype=torch.float32)], dim=-1)
-    rays_d = F.normalize((c2w[..., :3, :3] @ d[..., None])[..., 0], dim=-1)
+    rays_d = F.normalize((c2w[..., :3, :3] * d[..., None, :]).sum(-1), dim=-1)     # not @, which a GPU rounds to TF32
     return c2w[..., :3, 3].expand_as(rays_d), rays_d
 
 def view_rays(c2w, intrinsics, height, width):
@@ -336,8 +338,7 @@ def measure_box(folder, c2w):
         if not views.has_alpha:
             return centre, 0.6 * half
         cells = visual_hull(views, 64, seen_by=0.5).nonzero().float()                # (cells, 3)
-        if len(cells) == 0:
-            stop(f'{folder}: the silhouettes of the views have no point in common; are the camera poses right?')
+        len(cells) or stop(f'{folder}: the silhouettes of the views have no point in common; are the camera poses right?')
         low, high = cells.amin(0) / 32 - 1, (cells.amax(0) + 1) / 32 - 1
         centre, half = centre + half * (low + high) / 2, half * min(1.0, 1.04 * float((high - low).max()) / 2)
     return centre, half
@@ -349,7 +350,7 @@ def portrait_path(folder):
 
 def list_avatars(data):
     """Folders of avatars in `data`, sorted; `data` itself where it holds one avatar."""
-    data = Path(data)
+    data = Path(data).absolute()
     if (data / WHOLE).is_file() or (data / TRAIN).is_file():
         return [data]
     found = sorted({p.parent for p in data.glob('*/transforms*.json') if p.name in (WHOLE, TRAIN) and not p.parent.name.startswith('.')})
@@ -366,9 +367,9 @@ class PlaneDataset(torch.utils.data.Dataset):
         self.files = [Path(fits) / f'{p.name}.pt' for p in self.folders]
         if not self.files:
             stop(f'{fits}: holds no fitted planes of the avatars in {data}; run fit.py --decoder, then fit.py')
-        low_shape = tuple(read_checkpoint(self.files[0], 'planes')['low'].shape)
-        if low_shape != (3, config.channels, config.base_resolution, config.base_resolution):
-            stop(f'{self.files[0]}: low-resolution planes of shape {low_shape} do not fit preset {config.preset}; fit again with it')
+        shapes = [tuple(read_checkpoint(self.files[0], 'planes')[k].shape[1:3]) for k in ('planes', 'low')]
+        if shapes != [(config.channels, config.resolution), (config.channels, config.base_resolution)]:
+            stop(f'{self.files[0]}: planes of {shapes} channels and texels do not fit preset {config.preset}; fit again with it')
 
     def __len__(self):
         return len(self.files)
@@ -431,7 +432,7 @@ def resize_matrix(size, R, device):
 
 def resize_planes(planes, size):
     """planes (..., R, R) -> (..., size, size), so that sample_planes finds the same content at the same point."""
-    weight = resize_matrix(size, planes.shape[-1], planes.device)
+    weight = resize_matrix(size, planes.shape[-1], planes.device).to(planes.dtype)
     return weight @ planes @ weight.T
 
 class TotalVariation(torch.autograd.Function):
@@ -540,7 +541,7 @@ class OccupancyGrid:
 
     @torch.no_grad()
     def update(self, field, generator=None, partial=False):
-        """value <- max(0.95 value, sigma at a random point) of all cells; partial: of a random quarter and a quarter of the occupied."""
+        """value <- max(0.95 value, sigma at a random point) of all cells; partial: of a quarter at random and as many of the occupied."""
         G, values = self.G, self.values.view(-1)
         cells = torch.nonzero(values >= 0)[:, 0]
         if partial and len(cells):
@@ -584,7 +585,7 @@ def march(rays_o, rays_d, steps, grid=None, offset=None):
 
 def transmittance(tau, ray_index, rays):
     """Exclusive transmittance T_i = exp(-sum of tau_j over the samples before i on its ray); tau, ray_index (S,), ascending."""
-    before = tau.double().cumsum(0) - tau                               # one flat sum: fp32 would lose the later rays' digits
+    before = (tau := tau.clamp(max=64)).double().cumsum(0) - tau        # one flat sum: fp32 would lose the later rays' digits
     first = torch.searchsorted(ray_index, torch.arange(rays, device=tau.device)).clamp(max=max(len(tau) - 1, 0))
     return torch.exp(before[first][ray_index] - before).float() if len(tau) else tau
 
@@ -607,9 +608,9 @@ def render(field, rays_o, rays_d, steps, grid=None, offset=None, background=1.0)
     return composite(*field(points, rays_d[ray_index]), t, ray_index, rays, delta, background)
 
 @torch.no_grad()
-def render_view(field, c2w, intrinsics, height, width, steps, grid=None, chunk=16384):
+def render_view(field, c2w, intrinsics, height, width, steps, grid=None):
     """An image (height, width, 3) in 0..1 and its opacity (height, width), rendered in chunks of rays."""
-    rays_o, rays_d = view_rays(c2w, intrinsics, height, width)
+    (rays_o, rays_d), chunk = view_rays(c2w, intrinsics, height, width), max(2 ** 22 // steps, 1)
     parts = [render(field, o, d, steps, grid)[:2] for o, d in zip(rays_o.split(chunk), rays_d.split(chunk), strict=True)]
     rgb, opacity = (torch.cat(p) for p in zip(*parts, strict=True))
     return rgb.view(height, width, 3).clamp(0, 1), opacity.view(height, width)
@@ -633,7 +634,7 @@ def visual_hull(views, G, seen_by=0.0):
         local = (cells[alive] - c2w[:3, 3]) @ c2w[:3, :3]               # camera coordinates, looking down -z
         depth = (-local[:, 2]).clamp(min=1e-3)
         x, y = fx * local[:, 0] / depth + cx, cy - fy * local[:, 1] / depth
-        radius = min(int(fx * math.sqrt(3) / G / max(float(depth.mean().nan_to_num()), 0.1)) + 1, 64)
+        radius = min(int(fx * math.sqrt(3) / G / max(float(depth.mean().nan_to_num()) - 1, 0.1)) + 1, 64)
         seen = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (local[:, 2] < 0)
         count[alive] += seen / len(views.images)
         flat = y.long().clamp(0, height - 1) * width + x.long().clamp(0, width - 1)
@@ -641,13 +642,12 @@ def visual_hull(views, G, seen_by=0.0):
     return torch.zeros(G ** 3, dtype=torch.bool).index_fill_(0, alive[count[alive] >= seen_by - 1e-4], True).view(G, G, G)
 
 class Rays:
-    """Random training rays over all views, from pixels within 5 of the silhouette: others miss the visual hull and teach nothing."""
-    def __init__(self, views, device, margin=5):
+    """Random training rays over all views, from pixels within `margin` of the silhouette: others miss the visual hull, teach nothing."""
+    def __init__(self, views, device, margin):
         self.views, self.device, self.pixels = views, device, views.images.view(-1, 4)             # (V * H * W, 4)
         near = [near_silhouette(image, margin).view(-1) for image in views.images]
         self.index = torch.cat([m.nonzero()[:, 0].int() + v * len(m) for v, m in enumerate(near)])
-        if not len(self.index):
-            stop('all views of an avatar are fully transparent')
+        len(self.index) or stop('all views of an avatar are fully transparent')
 
     def draw(self, n, generator):
         """rays_o, rays_d (n, 3) and colours on white (n, 3)."""
@@ -681,9 +681,10 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
     and learning rate follow); `steps` steps, or about `seconds` (resuming needs steps). memory: IWC state of the last visit. sync: called
     before the decoder's step, to average gradients over ranks. report(progress, terms): called every 50 steps."""
     device, generator = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
-    rays = Rays(views, device)
-    if grid is None:
-        grid = OccupancyGrid(config.grid, config.steps, device, visual_hull(views, config.grid) if views.has_alpha else None)
+    reach = 2 * math.sqrt(3) / config.grid * float(views.intrinsics[:, 0].max() / views.c2w[:, :3, 3].norm(dim=-1).min().clamp(min=0.5))
+    rays = Rays(views, device, margin=6 + int(reach))                   # pixels that may see a cell of the hull
+    hull = visual_hull(views, config.grid) if views.has_alpha and grid is None else None
+    grid = grid or OccupancyGrid(config.grid, config.steps, device, hull)
     empty = (grid.values < 0).nonzero() if views.has_alpha else ()      # cells outside the hull
     began, step, table = time.monotonic(), 0, None
     def data_loss(planes):
@@ -1197,21 +1198,20 @@ class Diffusion:
 # and tensors, read with weights_only=True, written to a temporary file and renamed.
 
 def start(device=None, seed=0):
-    """Starts the process group, seeds everything by seed and rank -> rank, world, device."""
+    """Starts the process group, seeds PyTorch by seed and rank -> rank, world, device."""
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if device.startswith('cuda') and not torch.cuda.is_available():
-        stop(f'--device {device}: PyTorch sees no CUDA GPU here; use --device cpu')
+    if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
+        stop(f'--device {device}: give cpu, or cuda where PyTorch sees a GPU')
     if not dist.is_initialized():
         alone = {} if 'RANK' in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', **alone)
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=7), **alone)  # shards are uneven
         atexit.register(dist.destroy_process_group)
     rank, world = dist.get_rank(), dist.get_world_size()
-    if device == 'cuda':
-        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    if device.startswith('cuda'):
+        device = f'cuda:{os.environ["LOCAL_RANK"]}' if 'LOCAL_RANK' in os.environ else device
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(seed * 1000 + rank)
+    torch.manual_seed(seed * 1000 + rank)
     return rank, world, torch.device(device)
 
 class EMA:
@@ -1286,7 +1286,7 @@ def sample_stage(stage, network, portrait, config, low=None, guidance=1.0, steps
     null = network.condition(null_like(portrait)) if guidance != 1 else None
     return diffusion_of(stage, config).sample(
         network, (B, 3, config.channels, size, size), network.condition(portrait), null, guidance, steps or config.sample_steps, eta,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(B)], device=device, progress=progress)
+        generator=[torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(B)], device=device, progress=progress)
 
 def generate(models, images, guidance=None, steps=None, eta=1.0, seed=0, progress=False):
     """Images (B, 3, P, P) in [-1, 1], or a number of unconditional avatars -> planes, low-resolution planes. models: of load_model."""

@@ -20,12 +20,12 @@ SIDES = ((0, 0), (-35, 5), (35, 5), (-90, 5), (90, 5), (180, 5))       # azimuth
 
 
 def load_models(args, device):
-    """All four models, from --runs and --fits if any of the three stages was trained there, else from weights/."""
-    trained = [k for k in ('vae', 'base', 'upsample') if (args.runs / f'{k}.pt').exists()]
+    """All four models, from --runs and --fits if a diffusion model was trained there, else from weights/."""
+    trained = any((args.runs / f'{k}.pt').exists() for k in ('base', 'upsample'))
     weights = Path(__file__).parent / 'weights'
     models = {k: rh.load_model(k, args.runs if trained else weights, device) for k in ('vae', 'base', 'upsample')}
     models['decoder'] = rh.load_model('decoder', args.fits if trained else weights, device)
-    shapes = {(m.config.channels, m.config.resolution, m.config.portrait) for m in models.values()}
+    shapes = {(m.config.channels, m.config.resolution, m.config.portrait, m.config.vae_widths) for m in models.values()}
     if len(shapes) > 1:
         rh.stop(f'the models in {args.runs} and {args.fits} are of different presets; train all stages with the same one')
     return models

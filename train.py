@@ -37,15 +37,10 @@ class Views(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return dict(zip(('portrait', 'alpha'), rh.read_portrait(self.paths[i], self.size)))
 
-class EverySample(torch.utils.data.Sampler):
-    """Batches of indices that follow from the seed, the step and the rank alone; any number of items serves any batch size."""
-    def __init__(self, n, batch, begin, steps, seed, rank):
-        self.settings = n, batch, begin, steps, seed, rank
-
-    def __iter__(self):
-        n, batch, begin, steps, seed, rank = self.settings
-        for step in range(begin, steps):
-            yield np.random.default_rng((seed, step, rank)).integers(n, size=batch).tolist()
+def batches(n, batch, begin, steps, seed, rank):
+    """Lists of indices below n that follow from seed, step and rank alone; any number of items serves any batch size."""
+    for step in range(begin, steps):
+        yield np.random.default_rng((seed % 2 ** 32, step, rank)).integers(n, size=batch).tolist()
 
 def augment_portraits(rgb, alpha):
     """Portraits as people have them: (B, 3, P, P) in [-1, 1], alpha (B, 1, P, P) -> (B, 3, P, P): shifted by up to 5 %, scaled by up to
@@ -56,7 +51,7 @@ def augment_portraits(rgb, alpha):
     scale, shift = uniform(0.9, 1.1).view(B, 1, 1), 0.1 * (2 * torch.rand(B, 2, 1, device=rgb.device) - 1)
     theta = torch.cat([torch.eye(2, device=rgb.device) * scale, shift], dim=2)
     rgba = torch.cat([(rgb + 1) / 2 * alpha, alpha], dim=1)             # premultiplied
-    rgba = F.grid_sample(rgba, F.affine_grid(theta, rgba.shape, align_corners=False), align_corners=False)
+    rgba = F.grid_sample(rgba, F.affine_grid(theta.double(), rgba.shape, align_corners=False).float(), align_corners=False)
     rgb, alpha, grey = rgba[:, :3], rgba[:, 3:], rgba[:, :3].mean(1, keepdim=True)
     mean = rgb.mean((1, 2, 3), keepdim=True) / alpha.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
     rgb = grey + (rgb - grey) * uniform(0.85, 1.15)
@@ -76,7 +71,7 @@ def degrade(planes, size):
         if torch.rand(()) < 0.5:
             middle = int(size * (1 + torch.rand(()) * (x.shape[-1] / size - 1)))
             x = F.interpolate(x, size=middle, mode='bilinear' if torch.rand(()) < 0.5 else 'bicubic', align_corners=True)
-        x = rh.resize_planes(x, size)
+        x = rh.resize_planes(x.double(), size).float()                  # doubles are exempt from autocast
         if torch.rand(()) < 0.25:
             sigma = 0.1 + 0.7 * torch.rand((), device=x.device)
             tap = torch.exp(-torch.arange(-2, 3, device=x.device) ** 2 / (2 * sigma ** 2))
@@ -112,11 +107,11 @@ class ImageLoss:
         """x_start (B, 3, C, R, R), indices of the avatars (B,) -> {'pixel', 'perceptual'}."""
         ours, truth, p = [], [], self.config.patch
         for planes, i in zip(x_start, index.tolist()):
-            folder = self.data.folders[i]
+            folder, file = self.data.folders[i], rh.read_checkpoint(self.data.files[i], 'planes')
             pick, spread = int(torch.randint(2 ** 30, ())), 2 ** int(1 + torch.multinomial(torch.tensor([0.35, 0.45, 0.2]), 1))
-            views = rh.load_views(folder, 'train', rh.read_box(folder), pick=pick)
+            views = rh.load_views(folder, 'train', box := (file['centre'], file['half']), pick=pick)
             if views.images.shape[1] >= 2 * p * spread:                 # the image becomes 2, 4 or 8 patches wide
-                views = rh.load_views(folder, 'train', rh.read_box(folder), views.images.shape[1] // (p * spread), pick=pick)
+                views = rh.load_views(folder, 'train', box, views.images.shape[1] // (p * spread), pick=pick)
             height, width = views.images.shape[1:3]
             for _ in range(2):          # an almost white crop is drawn again, once
                 y, x = (int(torch.randint(max(n - p, 0) + 1, ())) for n in (height, width))
@@ -157,6 +152,8 @@ def prepare(args, config, device):
     base = args.stage == 'base'
     data = rh.PlaneDataset(args.fits, args.data, config, low=base)
     vae, decoder = rh.load_model('vae', args.runs, device), rh.load_model('decoder', args.fits, device)
+    if (vae.config.portrait, vae.config.vae_widths, decoder.config.channels) != (config.portrait, config.vae_widths, config.channels):
+        rh.stop(f'{args.runs}/vae.pt or {args.fits}/decoder.pt are of another preset than {config.preset}')
     network, diffusion = (rh.BaseUNet if base else rh.UpsampleUNet)(config), rh.diffusion_of(args.stage, config)
     network.checkpoint = not base and bool(config.up_recompute)
     image_loss = None if base else ImageLoss(data, config, decoder, vae, device)
@@ -171,8 +168,10 @@ def prepare(args, config, device):
         return terms if base else {**terms, **image_loss(predicted[:config.patches], batch['index'][:config.patches])}
     def picture(network):
         items, images = portraits()
-        low = None if base else torch.stack([rh.resize_planes(x['planes'], config.base_resolution) for x in items]).to(device)
-        planes = rh.sample_stage(args.stage, network, rh.encode_portrait(vae, images, config), config, low=low, guidance=1.0)
+        def sample(x, image):           # one at a time: planes of `paper` are large
+            low = None if base else rh.resize_planes(x['planes'][None], config.base_resolution).to(device)
+            return rh.sample_stage(args.stage, network, rh.encode_portrait(vae, image[None], config), config, low, guidance=1.0)
+        planes = torch.cat([sample(x, image) for x, image in zip(items, images)])
         P, fields = config.portrait, [rh.PlaneField(p, decoder) for p in rh.resize_planes(planes, config.resolution)]
         camera = rh.orbit_pose(0, 2).to(device), rh.intrinsics_of(34.0, P).to(device), P, P, config.steps
         views = torch.stack([rh.render_view(field, *camera, rh.grid_for(field, config, device, 4))[0] for field in fields])
@@ -193,15 +192,14 @@ def main(args):
     begin, state_path = 0, args.runs / f'{args.stage}-state.pt'
     if state_path.exists():
         state = rh.read_checkpoint(state_path, f'{args.stage}-state')
-        differing = [k for k in vars(config) if vars(config)[k] != state['config'].get(k)]
-        if differing:
+        if differing := [k for k in vars(config) if vars(config)[k] != state['config'].get(k)]:
             rh.stop(f'{state_path}: an interrupted run with other settings ({", ".join(differing)}); delete it to start anew')
         network.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
         ema.shadow, ema.updates, begin = {k: v.clone().to(device) for k, v in state['ema'].items()}, state['step'], state['step']
     model = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == 'cuda' else None)
-    sampler = EverySample(len(data), max(batch // world, 1), begin, steps, args.seed, rank)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=args.workers)
+    indices = batches(len(data), max(batch // world, 1), begin, steps, args.seed, rank)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=indices, num_workers=args.workers)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 if args.bf16 is not None else device.type == 'cuda')
     began, bar = time.monotonic(), tqdm(loader, initial=begin, total=steps, disable=rank > 0, desc=args.stage)
     for step, items in enumerate(bar, start=begin):
@@ -216,12 +214,12 @@ def main(args):
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         ema.update(network)
-        if rank == 0 and (step % args.log == 0 or step == steps - 1):
+        if rank == 0 and (step % max(args.log, 1) == 0 or step == steps - 1):
             values = {k: round(v.item(), 6) for k, v in terms.items()}
             bar.set_postfix(values)
             with open(args.runs / f'{args.stage}.jsonl', 'a') as log:
                 log.write(json.dumps({'step': step, **values, 'seconds': round(time.monotonic() - began, 1)}) + '\n')
-        if rank == 0 and ((step + 1) % args.save == 0 or step == steps - 1):
+        if rank == 0 and ((step + 1) % max(args.save, 1) == 0 or step == steps - 1):
             rh.write_model(args.runs / f'{args.stage}.pt', args.stage, config, ema.shadow, step + 1)
             rh.write_checkpoint(state_path, f'{args.stage}-state', {'config': vars(config), 'step': step + 1, 'ema': ema.shadow,
                                                                     'model': network.state_dict(), 'optimizer': optimizer.state_dict()})

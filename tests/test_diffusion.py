@@ -72,6 +72,27 @@ def test_sampling_finds_a_known_answer(kind, eta):
     assert model.calls == [(2, pytest.approx(t)) for t in times]
 
 
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_sampling_keeps_the_variance_of_the_process(eta):
+    """For data that is 0 everywhere, x_t has variance 1 - alpha_bar_t at every step, whatever eta; with a learned variance at its lower
+    bound, beta~, too; at its upper bound, beta, there is more of it."""
+    def variances(learned=None):
+        process, seen = rh.Diffusion('cosine', 1000, 'x_start', learned is not None), []
+        def model(x, t, condition):
+            a = process.alpha_bar[(t[0]).round().long()].item()
+            seen.append((x.var().item(), 1 - a))
+            zero = torch.zeros_like(x)
+            return zero if learned is None else torch.cat([zero, zero + learned], dim=2)
+        process.sample(model, (1, 3, 4, 48, 48), eta=eta, steps=10)
+        return zip(*seen)
+    found, expected = variances()
+    assert found == pytest.approx(expected, rel=0.05)
+    if eta == 1:
+        assert next(variances(-1.0)) == pytest.approx(expected, rel=0.05)
+        more = list(next(variances(1.0)))
+        assert more[-1] > 1.5 * expected[-1]
+
+
 def test_guidance_extrapolates_and_costs_nothing_at_one():
     process = rh.Diffusion('sigmoid', 100, 'x_start')
     to, null = rh.Condition(torch.tensor([[0.3]]), []), rh.Condition(torch.tensor([[0.1]]), [])

@@ -99,6 +99,42 @@ def test_training_goes_on_to_the_same_weights(walk, monkeypatch, tmp_path):
         run(train, *command, 'base_lr=1', '--runs', tmp_path / 'halves')
 
 
+def test_fitting_the_decoder_goes_on_to_the_same_weights(walk, monkeypatch, tmp_path):
+    """Killed between a visit and the record of its round, which is then repeated from what it had read."""
+    monkeypatch.chdir(walk)
+    command = ['--decoder', '--preset', 'tiny', '--set', 'inner=5', 'outer=2', '--fits']
+    run(fit, *command, tmp_path / 'whole')
+
+    class Killed(Exception):
+        pass
+
+    def die(path, kind, content, original=rh.write_checkpoint):
+        if kind == 'decoder-state' and content['done'] == 3:
+            raise Killed
+        original(path, kind, content)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(rh, 'write_checkpoint', die)
+        run(fit, *command, tmp_path / 'halves')
+    run(fit, *command, tmp_path / 'halves')
+    a, b = (rh.read_checkpoint(tmp_path / r / 'decoder.pt', 'decoder')['model'] for r in ('whole', 'halves'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_planes_of_another_decoder_are_fitted_again(walk, monkeypatch, tmp_path):
+    monkeypatch.chdir(walk)
+    command = ['--preset', 'tiny', '--count', 1, '--fits', tmp_path, '--set', 'inner=3', 'outer=1', 'fit_steps=3']
+    run(fit, '--decoder', *command)
+    run(fit, *command)
+    before = (tmp_path / 'avatar_0000.pt').stat().st_mtime_ns
+    run(fit, '--decoder', *command)                                     # the same settings: nothing to do
+    run(fit, *command)
+    assert (tmp_path / 'avatar_0000.pt').stat().st_mtime_ns == before
+    (tmp_path / 'decoder.pt').unlink()
+    run(fit, '--decoder', *command, 'lr_decoder=0.1')
+    run(fit, *command)
+    assert (tmp_path / 'avatar_0000.pt').stat().st_mtime_ns != before
+
+
 def test_a_seed_gives_the_same_avatar_in_any_batch(walk, monkeypatch):
     monkeypatch.chdir(walk)
     run(sample, '--unconditional', '--frames', 1, '--size', 16, '--seed', 1, '--name', 'alone')
@@ -127,13 +163,15 @@ def test_what_is_out_of_order_ends_in_one_line(walk, args, message):
 
 
 @pytest.mark.parametrize('args', [
-    ['fit.py', '--decoder', '--preset', 'tiny', '--fits', 'fits2', '--set', 'inner=5', 'outer=2', 'fit_avatars=1'],
-    ['fit.py', '--preset', 'tiny', '--fits', 'fits3', '--set', 'fit_steps=5'],
+    ['fit.py', '--decoder', '--preset', 'tiny', '--data', 'three', '--fits', 'fits2', '--set', 'inner=5', 'outer=2'],
+    ['fit.py', '--preset', 'tiny', '--data', 'three', '--fits', 'fits3', '--set', 'fit_steps=5'],
     ['train.py', '--stage', 'upsample', '--preset', 'tiny', '--runs', 'runs2', '--set', 'up_steps=2'],
     ['evaluate.py', '--views', '1', '--out', 'results2'],
 ], ids=['fit-decoder', 'fit', 'train', 'evaluate'])
 def test_two_ranks(walk, args):
-    """Under torchrun; one avatar for two ranks, so one of them has nothing to do."""
+    """Under torchrun; three avatars for two ranks, so one of them has nothing to do at the end of a round."""
+    if not (walk / 'three').exists():
+        run(avatars, '--preset', 'tiny', '--count', 3, '--views', 6, '--data', walk / 'three')
     for folder, kept in {'fits3': 'fits/decoder.pt', 'runs2': 'runs/vae.pt'}.items():
         (walk / folder).mkdir(exist_ok=True)
         (walk / folder / kept.split('/')[1]).write_bytes((walk / kept).read_bytes())
