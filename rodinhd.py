@@ -106,7 +106,7 @@ PRESETS = {'paper': {},
         vae_widths=(16, 32, 64, 64), vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4),
         base_blocks=1, base_attention=(16, 8, 4), base_aware=(32,), head_width=32, up_width=16, up_blocks=1, up_body=2, up_recompute=0,
         vae_steps=1000, vae_batch=8, vae_lr=1e-3, base_steps=2300, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3,
-        base_predict='x_start', final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
+        guidance=1.0, base_predict='x_start', final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
     'tiny': dict(
         channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=30, outer=3, fit_steps=150,
         rays=512, lr_planes=4e-2, lr_decoder=4e-3, weight_empty=1e-2, rescale=0.25, portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1,
