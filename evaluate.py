@@ -112,7 +112,8 @@ def evaluate(args, rank, world, device):
         candidates['mean'] = baselines.mean
         height, width = views.images.shape[1:3]
         truth = [views.rgb(i).permute(2, 0, 1) for i in range(len(views.images))]
-        strip = [F.interpolate((portrait[None] + 1) / 2, size=(height, width), mode='area')[0], truth[0], truth[-1]]
+        seen = F.interpolate((portrait[None] + 1) / 2, size=(height, width), mode='area')[0]
+        strip = [] if args.no_truth else [seen, truth[0], truth[-1]]
         results[folder.name] = {}
         for name, planes in candidates.items():
             if planes is None:
@@ -145,7 +146,7 @@ def report(args, results, pictures):
     if pictures and len({p.shape for p in pictures}) == 1:
         image = torch.cat(pictures, dim=1).permute(1, 2, 0).clamp(0, 1)
         picture = Image.fromarray((image * 255).round().byte().numpy())
-        legend = ['portrait', 'truth', '', *[w for n in names for w in (n, '')]]
+        legend = [*([] if args.no_truth else ['portrait', 'truth', '']), *[w for n in names for w in (n, '')]]
         sheet = Image.new('RGB', (picture.width, picture.height + 14), 'white')
         sheet.paste(picture, (0, 14))
         for i, word in enumerate(legend):
@@ -204,6 +205,7 @@ def parse(argv=None):
     p.add_argument('--out', type=Path, default=Path('results'))
     p.add_argument('--count', type=int, help='only this many avatars, evenly spread')
     p.add_argument('--views', type=int, default=6, help='held-out views of each')
+    p.add_argument('--no-truth', action='store_true', help='a picture without the data set\'s own images')
     p.add_argument('--guidance', type=float)
     p.add_argument('--steps', type=int)
     p.add_argument('--forgetting', type=Path, nargs='+', metavar='FITS')
