@@ -131,8 +131,7 @@ def make_config(preset, overrides=()):
         kind = type(defaults[name])
         try:
             values[name] = tuple(int(v) for v in text.split(',')) if kind is tuple else kind(text)
-            least = int(kind is int and name not in ('up_recompute', 'patch_grid_updates'))
-            assert kind in (tuple, str) or values[name] >= least
+            assert kind in (tuple, str) or values[name] >= (kind is int and name not in ('up_recompute', 'patch_grid_updates'))
         except (ValueError, AssertionError):
             stop(f'--set {item}: {name} takes {"integers with commas between" if kind is tuple else "a positive " + kind.__name__}')
     config = Config(**values)
@@ -634,7 +633,8 @@ def visual_hull(views, G, seen_by=0.0):
         local = (cells[alive] - c2w[:3, 3]) @ c2w[:3, :3]               # camera coordinates, looking down -z
         depth = (-local[:, 2]).clamp(min=1e-3)
         x, y = fx * local[:, 0] / depth + cx, cy - fy * local[:, 1] / depth
-        radius = min(int(fx * math.sqrt(3) / G / max(float(depth.mean().nan_to_num()) - 1, 0.1)) + 1, 64)
+        near = max((mean := float(depth.mean().nan_to_num())) - 1, mean / 2, 0.1)                  # a cell's disc where it is large
+        radius = min(int(fx * math.sqrt(3) / G / near) + 1, 64)
         seen = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (local[:, 2] < 0)
         count[alive] += seen / len(views.images)
         flat = y.long().clamp(0, height - 1) * width + x.long().clamp(0, width - 1)
