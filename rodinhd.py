@@ -674,7 +674,7 @@ def planes_size(config, progress):
     """Side of the planes at `progress` 0..1 of an avatar's fit: R/4, R/2 from 10 %, R from 30 % on."""
     return config.resolution // (4 if progress < 0.1 else 2 if progress < 0.3 else 1)
 
-def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, seconds=None, grid=None,
+def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, seconds=None,
                decoder_optimizer=None, memory=None, sync=None, seed=0, report=None):
     """One visit to an avatar: fits planes (3, C, r, r), and the decoder where `decoder_optimizer` is given -> planes (3, C, R, R) in [-1,
     1], grid, new memory (None without decoder_optimizer). span: the part of the avatar's whole fit that this visit is (size of the planes
@@ -683,8 +683,7 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
     device, generator = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
     reach = 2 * math.sqrt(3) / config.grid * float(views.intrinsics[:, 0].max() / views.c2w[:, :3, 3].norm(dim=-1).min().clamp(min=0.5))
     rays = Rays(views, device, margin=6 + int(reach))                   # pixels that may see a cell of the hull
-    hull = visual_hull(views, config.grid) if views.has_alpha and grid is None else None
-    grid = grid or OccupancyGrid(config.grid, config.steps, device, hull)
+    grid = OccupancyGrid(config.grid, config.steps, device, visual_hull(views, config.grid) if views.has_alpha else None)
     empty = (grid.values < 0).nonzero() if views.has_alpha else ()      # cells outside the hull
     began, step, table = time.monotonic(), 0, None
     def data_loss(planes):
@@ -1159,10 +1158,10 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, condition=None, null=None, guidance=1.0, steps=10, eta=1.0,
-               noise=None, generator=None, trajectory=None, device='cpu', progress=False):
+               generator=None, trajectory=None, device='cpu', progress=False):
         """Planes of `shape` (B, 3, C, R, R) in [-1, 1], in `steps` even steps that begin at T - 1; ValueError unless 1 ... T. guidance: s
         in null + s (conditional - null); 1 never runs null. eta: 1 ancestral (with the learned variance, if any), below 1 DDIM
-        (Eqs. 12, 16). noise: initial x. generator: one, or a list of one a sample. trajectory: a list to get each x_start."""
+        (Eqs. 12, 16). generator: one, or a list of one a sample. trajectory: a list to get each x_start."""
         def draw():
             gs = generator if isinstance(generator, list) else [generator]
             size = (shape[0] // len(gs), *shape[1:])
@@ -1171,7 +1170,7 @@ class Diffusion:
             raise ValueError(f'{steps} sampling steps of a process of {self.timesteps} timesteps')
         times = [round((i + 1) * self.timesteps / steps) - 1 for i in range(steps)]     # 99, 199, ..., 999 for 10 of 1000
         halves, both = (1, condition) if guidance == 1 else (2, join(condition, null))
-        x = draw() if noise is None else noise.to(device)
+        x = draw()
         for i in tqdm(reversed(range(steps)), total=steps, desc='sampling', disable=not progress):
             alpha_bar, alpha_bar_prev = self.alpha_bar[times[i]].item(), self.alpha_bar[times[i - 1]].item() if i else 1.0
             beta = 1 - alpha_bar / alpha_bar_prev                                       # of the respaced chain, as is beta~
