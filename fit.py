@@ -125,10 +125,13 @@ def fit_decoder(args, config, rank, world, device):
             if memory:
                 memory = {k: {m: v.to(device) for m, v in d.items()} for k, d in memory.items()}
             terms = {}
+            def report(done, t, terms=terms, name=folders[place].name):
+                terms.update(t)
+                bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}')
             planes, grid, memory = rh.fit_avatar(
                 views, planes, decoder, config, span=(e / outer, (e + 1) / outer), memory=memory, decoder_optimizer=optimizer,
                 steps=None if args.seconds else inner, seconds=args.seconds and args.seconds / outer, seed=args.seed + n,
-                sync=lambda: average_gradients(decoder.parameters()), report=lambda done, t, terms=terms: terms.update(t))
+                sync=lambda: average_gradients(decoder.parameters()), report=report)
             rh.write_checkpoint(path, 'visit', {'planes': planes.cpu(), 'memory': memory, 'grid': grid.values.cpu()})
         else:                                                                   # more ranks than avatars: keep step with the others
             for _ in range(inner):
@@ -142,7 +145,6 @@ def fit_decoder(args, config, rank, world, device):
             if args.watch:
                 record['first_avatar_psnr'] = watch(folders[0], folder / str(e % 2), decoder, config, args)
             history.append(record)
-            bar.set_postfix_str(f'rgb loss {terms["rgb"]:.5f}')
             rh.write_checkpoint(folder / 'state.pt', 'decoder-state', {
                 'config': config_dict, 'world': world, 'done': n + 1, 'decoder': decoder.state_dict(),
                 'optimizer': optimizer.state_dict(), 'history': history})
