@@ -102,7 +102,7 @@ class Config:
 PRESETS = {'paper': {},
     'small': dict(
         channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250, outer=6,
-        fit_steps=1000, rays=384, lr_planes=2e-2, lr_decoder=2e-3, weight_empty=1e-2, weight_iwc=3e3, rescale=0.25,
+        fit_steps=1000, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_empty=1e-2, weight_iwc=3e3, rescale=0.25,
         vae_widths=(16, 32, 64, 64), vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4),
         base_blocks=1, base_attention=(16, 8, 4), base_aware=(32,), head_width=32, up_width=16, up_blocks=1, up_body=2, up_recompute=0,
         vae_steps=1000, vae_batch=8, vae_lr=1e-3, base_steps=2300, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3,
@@ -394,25 +394,25 @@ class PlaneLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        index, weight = ctx.saved_tensors
         table = grad.new_zeros(ctx.texels, grad.shape[1])
-        for k in range(index.shape[1]):  # 12 scatter-adds beat embedding_bag's own backward threefold on a CPU
-            table.index_add_(0, index[:, k], grad * weight[:, k, None])
+        for index, weight in zip(*(x.T.contiguous() for x in ctx.saved_tensors), strict=True):
+            table.index_add_(0, index, grad * weight[:, None])          # 12 of these beat embedding_bag's own backward threefold
         return table, None, None
 
 def sample_planes(planes, points):
     """Planes (3, C, R, R), points (N, 3) -> (N, C): bilinear (-1 is texel 0, +1 texel R-1; outside is zero), mean over the planes."""
     _, C, R, _ = planes.shape
     table = planes.permute(0, 2, 3, 1).reshape(3 * R * R, C)            # no copy where planes are channels-last
-    x = ((points.detach().clamp(-1, 1) + 1) * (0.5 * (R - 1)))          # (N, 3) in texels
+    x = points.detach().T.contiguous()                                  # (3, N): arithmetic on whole rows
+    inside, x = (x.abs() <= 1).to(x), (x.clamp(-1, 1) + 1) * (0.5 * (R - 1))                       # in texels
     low = x.floor().clamp(max=R - 2)
-    frac, low, index, weight = x - low, low.long(), [], []
-    w = torch.stack([1 - frac, frac], dim=-1) * (points.abs() <= 1)[..., None]                     # (N, 3, 2)
+    high = (x - low) * inside           # along each axis, the weight of the upper texel; nothing counts outside
+    w, low, index, weight = (inside - high, high), low.long(), [], []
     for k, (u, v) in enumerate(AXES):
-        corner = (low[:, v] + k * R) * R + low[:, u]                    # (N,)
-        index.append(torch.stack([corner, corner + 1, corner + R, corner + R + 1], dim=1))
-        weight.append((w[:, v, :, None] * w[:, u, None, :]).reshape(-1, 4))
-    return PlaneLookup.apply(table, torch.cat(index, 1), torch.cat(weight, 1) / 3)
+        corner = (low[v] + k * R) * R + low[u]                          # (N,)
+        index += [corner, corner + 1, corner + R, corner + R + 1]
+        weight += [w[j][v] * w[i][u] for j in (0, 1) for i in (0, 1)]
+    return PlaneLookup.apply(table, torch.stack(index, 1), torch.stack(weight, 1) / 3)
 
 def roll_out(planes):
     """planes (B, 3, C, R, R) -> (B, C, R, 3R): side by side along the width, so that a 2D network sees them (Rodin, section 3.2)."""
@@ -506,9 +506,10 @@ class PlaneField:
     """The radiance field of one avatar: planes (3, C, R, R) read by a decoder. See `render` for the protocol of fields."""
     def __init__(self, planes, decoder):
         self.planes, self.decoder = planes, decoder
+        self.density_planes = planes[:, -decoder.density_channels:].contiguous(memory_format=torch.channels_last)
 
-    def __call__(self, points, dirs=None):
-        return self.decoder(sample_planes(self.planes, points), dirs)
+    def __call__(self, points, dirs=None):  # density alone reads a quarter of the channels
+        return self.decoder(sample_planes(self.density_planes if dirs is None else self.planes, points), dirs)
 
 # 6 Volume rendering ---------------------------------------------------------------------------------------------------
 # Rays are marched with a constant step, masked by an occupancy grid: exactly the samples of instant-ngp's skipping marcher, packed
@@ -560,33 +561,54 @@ def grid_for(field, config, device='cpu', updates=16, seed=0):
         grid.update(field, generator)
     return grid
 
-def march(rays_o, rays_d, steps, grid=None, offset=None):
-    """Lattice samples of rays (N, 3) in the box and in occupied cells -> ray_index (S,) ascending, t (S,) ascending within a ray, points
-    (S, 3). steps: lattice points a diagonal, delta = 2 sqrt(3) / steps. offset: (N,) in 0..1 shifts a ray's lattice (training). Blocks of 8
-    points are tested first, at their middle, against the widened grid: the same samples at a fraction of the look-ups."""
-    delta, (near, far) = 2 * math.sqrt(3) / steps, intersect_box(rays_o, rays_d)
-    start = near if offset is None else near + delta * offset
-    count = ((far - start) / delta).ceil().clamp(min=0)                 # (N,) lattice points before far; 0 for a miss
-    blocks = int((count.amax() / BLOCK).ceil()) if len(count) else 0
-    first = torch.arange(blocks, device=start.device) * BLOCK           # (blocks,)
-    ray, block = (first < count[:, None]).nonzero(as_tuple=True)
-    if grid is not None:
-        middle = start[ray] + (first[block] + (BLOCK - 1) / 2) * delta
-        keep = grid.near_occupied.view(-1)[grid.cell(rays_o[ray] + middle[:, None] * rays_d[ray])]
-        ray, block = ray[keep], block[keep]
-    k = first[block][:, None] + torch.arange(BLOCK, device=start.device)                           # (blocks that are near, 8)
-    t = start[ray][:, None] + k * delta
-    points = (rays_o[ray][:, None] + t[..., None] * rays_d[ray][:, None]).clamp(-1, 1)
-    keep = k < count[ray][:, None]
-    if grid is not None:
-        keep &= grid.occupied.view(-1)[grid.cell(points)]
-    return ray[:, None].expand_as(k)[keep], t[keep], points[keep]
-
 def transmittance(tau, ray_index, rays):
     """Exclusive transmittance T_i = exp(-sum of tau_j over the samples before i on its ray); tau, ray_index (S,), ascending."""
     before = (tau := tau.clamp(max=64)).double().cumsum(0) - tau        # one flat sum: fp32 would lose the later rays' digits
     first = torch.searchsorted(ray_index, torch.arange(rays, device=tau.device)).clamp(max=max(len(tau) - 1, 0))
     return torch.exp(before[first][ray_index] - before).float() if len(tau) else tau
+
+def near_blocks(rays_o, rays_d, steps, grid=None, offset=None):
+    """Blocks of 8 lattice points that may hold samples, tested in one go, at their middle, against the widened grid -> their rays (K,),
+    ascending, and first points (K,), ascending within a ray; each ray's start and number of lattice points (N,), 0 for a miss."""
+    delta, (near, far) = 2 * math.sqrt(3) / steps, intersect_box(rays_o, rays_d)
+    start = near if offset is None else near + delta * offset
+    count = ((far - start) / delta).ceil().clamp(min=0)
+    first = torch.arange(0, int(count.amax()) if len(count) else 0, BLOCK, device=start.device)
+    ray, block = (first < count[:, None]).nonzero(as_tuple=True)
+    if grid is not None:
+        middle = start[ray] + (first[block] + (BLOCK - 1) / 2) * delta
+        keep = grid.near_occupied.view(-1)[grid.cell(rays_o[ray] + middle[:, None] * rays_d[ray])]
+        ray, block = ray[keep], block[keep]
+    return ray, first[block], start, count
+
+@torch.no_grad()
+def march(rays_o, rays_d, steps, grid=None, offset=None, field=None):
+    """Lattice samples of rays (N, 3) in the box and in occupied cells -> ray_index (S,) ascending, t (S,) ascending within a ray, points
+    (S, 3). steps: lattice points a diagonal, delta = 2 sqrt(3) / steps. offset: (N,) in 0..1 shifts a ray's lattice (training). field: only
+    the samples that light reaches, found front to back: a ray's first 2 blocks, the next 2, 4, 8 ... until the light is spent."""
+    delta, N = 2 * math.sqrt(3) / steps, len(rays_o)
+    ray, first, start, count = near_blocks(rays_o, rays_d, steps, grid, offset)
+    rank = torch.arange(len(ray), device=ray.device) - torch.searchsorted(ray, torch.arange(N, device=ray.device))[ray]
+    reach, parts, passed = 2 if field else len(ray), [], torch.zeros_like(start)                   # passed: tau behind each ray
+    while len(ray) or not parts:
+        now = rank < reach
+        r, k = ray[now][:, None], first[now][:, None] + torch.arange(BLOCK, device=ray.device)         # (blocks, 1), (blocks, 8)
+        t = start[r] + k * delta
+        points = (rays_o[r] + t[..., None] * rays_d[r]).clamp(-1, 1)                               # (blocks, 8, 3)
+        inside = k < count[r]
+        if grid is not None:
+            inside &= grid.occupied.view(-1)[grid.cell(points)]
+        r, t, points = r.expand_as(k)[inside], t[inside], points[inside]
+        if field:
+            tau = field(points)[0] * delta
+            lit = transmittance(tau, r, N) * torch.exp(-passed[r]) >= T_MIN
+            passed.index_add_(0, r, tau)
+            r, t, points, now = r[lit], t[lit], points[lit], now | (passed[ray] > -math.log(T_MIN))
+        parts.append((r, t, points))
+        ray, first, rank, reach = ray[~now], first[~now], rank[~now], 2 * reach
+    ray_index, t, points = (torch.cat(p) for p in zip(*parts, strict=True))
+    order = ray_index.sort(stable=True)[1]
+    return ray_index[order], t[order], points[order]
 
 def composite(sigma, rgb, t, ray_index, rays, delta, background=1.0):
     """alpha = 1 - exp(-sigma delta), w = T alpha: pixels (N, 3) = sum w rgb + (1 - sum w) background, opacity and depth (N,)."""
@@ -599,12 +621,8 @@ def composite(sigma, rgb, t, ray_index, rays, delta, background=1.0):
 
 def render(field, rays_o, rays_d, steps, grid=None, offset=None, background=1.0):
     """Rays (N, 3) -> rgb (N, 3), opacity (N,), depth (N,) (weighted sum). Only what light reaches (T >= 1e-4) gets colour, gradients."""
-    ray_index, t, points = march(rays_o, rays_d, steps, grid, offset)
-    delta, rays = 2 * math.sqrt(3) / steps, len(rays_o)
-    with torch.no_grad():
-        keep = transmittance(field(points)[0] * delta, ray_index, rays) >= T_MIN
-    ray_index, t, points = ray_index[keep], t[keep], points[keep]
-    return composite(*field(points, rays_d[ray_index]), t, ray_index, rays, delta, background)
+    ray_index, t, points = march(rays_o, rays_d, steps, grid, offset, field)
+    return composite(*field(points, rays_d[ray_index]), t, ray_index, len(rays_o), 2 * math.sqrt(3) / steps, background)
 
 @torch.no_grad()
 def render_view(field, c2w, intrinsics, height, width, steps, grid=None):
@@ -642,20 +660,23 @@ def visual_hull(views, G, seen_by=0.0):
     return torch.zeros(G ** 3, dtype=torch.bool).index_fill_(0, alive[count[alive] >= seen_by - 1e-4], True).view(G, G, G)
 
 class Rays:
-    """Random training rays over all views, from pixels within `margin` of the silhouette: others miss the visual hull, teach nothing."""
+    """Random training rays over all views. Half are of pixels within 2 of the silhouette's edge, where most of the error is; the others of
+    pixels within `margin` of the silhouette: what lies further out misses the visual hull and teaches nothing."""
     def __init__(self, views, device, margin):
-        self.views, self.device, self.pixels = views, device, views.images.view(-1, 4)             # (V * H * W, 4)
-        near = [near_silhouette(image, margin).view(-1) for image in views.images]
-        self.index = torch.cat([m.nonzero()[:, 0].int() + v * len(m) for v, m in enumerate(near)])
-        len(self.index) or stop('all views of an avatar are fully transparent')
+        self.size, self.pixels = views.images.shape[1:3], views.images.view(-1, 4).to(device)      # (V * H * W, 4)
+        self.c2w, self.intrinsics = views.c2w.to(device), views.intrinsics.to(device)
+        near = [near_silhouette(image, margin) for image in views.images]
+        edge = [near_silhouette(image, 2) & near_silhouette(255 - image, 2) for image in views.images]
+        self.near, self.edge = (torch.stack(masks).view(-1).nonzero()[:, 0].to(device, torch.int32) for masks in (near, edge))
+        len(self.near) or stop('all views of an avatar are fully transparent')
 
     def draw(self, n, generator):
         """rays_o, rays_d (n, 3) and colours on white (n, 3)."""
-        flat = self.index[torch.randint(len(self.index), (n,), generator=generator)].long()
-        height, width = self.views.images.shape[1:3]
+        device, (height, width), edges = self.pixels.device, self.size, n // 2 if len(self.edge) else 0
+        flat = torch.cat([index[torch.randint(len(index), (k,), generator=generator).to(device)]
+                          for index, k in ((self.near, n - edges), (self.edge, edges)) if k]).long()
         view, y, x = flat // (height * width), flat // width % height, flat % width
-        rays_o, rays_d = pixel_rays(self.views.c2w[view], self.views.intrinsics[view], x, y)
-        return rays_o.to(self.device), rays_d.to(self.device), on_white(self.pixels[flat]).to(self.device)
+        return *pixel_rays(self.c2w[view], self.intrinsics[view], x, y), on_white(self.pixels[flat])
 
 def consolidation(decoder, memory):
     """1/2 sum of fisher (w - anchor)^2 (Eq. 3 without lambda); memory: {'fisher', 'anchor'}, each {parameter name: tensor}."""
