@@ -54,7 +54,7 @@ class Config:
     lr_decoder: float = 2e-4
     weight_tv: float = 1e-2
     weight_l2: float = 1e-4
-    weight_empty: float = 1e-3          # density at points outside the visual hull, where images have alpha
+    weight_empty: float = 5e-2          # log density at points outside the visual hull, where images have alpha
     weight_iwc: float = 0.1             # lambda of Eq. 3
     weight_decay: float = 0.0
     rescale: float = 0.0                # share of the steps that see randomly rescaled planes (Rodin, section 3.1)
@@ -102,14 +102,14 @@ class Config:
 PRESETS = {'paper': {},
     'small': dict(
         channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250, outer=6,
-        fit_steps=1000, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_empty=1e-2, weight_iwc=3e3, rescale=0.25,
-        vae_widths=(16, 32, 64, 64), vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4),
-        base_blocks=1, base_attention=(16, 8, 4), base_aware=(32,), head_width=32, up_width=16, up_blocks=1, up_body=2, up_recompute=0,
-        vae_steps=1000, vae_batch=8, vae_lr=1e-3, base_steps=2300, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3,
-        guidance=1.0, base_predict='x_start', final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
+        fit_steps=1000, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3, rescale=0.25, vae_widths=(16, 32, 64, 64),
+        vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4), base_blocks=1,
+        base_attention=(16, 8, 4), base_aware=(32,), head_width=32, up_width=16, up_blocks=1, up_body=2, up_recompute=0, vae_steps=1000,
+        vae_batch=8, vae_lr=1e-3, base_steps=2300, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3, guidance=1.0,
+        base_predict='x_start', final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
     'tiny': dict(
-        channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=30, outer=3, fit_steps=150,
-        rays=512, lr_planes=4e-2, lr_decoder=4e-3, weight_empty=1e-2, rescale=0.25, portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1,
+        channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=30, outer=3,
+        fit_steps=150, rays=512, lr_planes=4e-2, lr_decoder=4e-3, rescale=0.25, portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1,
         vae_scale=1.0, token_width=32, pool_width=16, base_width=32, base_mult=(1, 1, 1), base_blocks=1, base_attention=(8, 4, 2),
         base_aware=(8,), head_width=16, up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8, up_recompute=0,
         vae_steps=60, vae_batch=8, vae_lr=3e-3, base_steps=100, base_batch=8, base_lr=2e-3, up_steps=60, up_batch=4, up_lr=2e-3,
@@ -381,7 +381,7 @@ class PlaneDataset(torch.utils.data.Dataset):
 
 # 4 Triplane -----------------------------------------------------------------------------------------------------------
 # A point is projected onto three axis-aligned planes; the bilinear features found there are averaged (Rodin sums; the mean keeps the
-# decoder's input scale). Inside, texels are rows of a channels-last table: one point reads 12 rows, whatever the size of the planes.
+# decoder's input scale). Texels are rows of a channels-last table: one point reads 12 of them, whatever the size of the planes.
 AXES = ((0, 1), (0, 2), (1, 2))         # world axes of (width, height) of planes xy, xz, yz
 
 class PlaneLookup(torch.autograd.Function):
@@ -394,14 +394,23 @@ class PlaneLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        table = grad.new_zeros(ctx.texels, grad.shape[1])
-        for index, weight in zip(*(x.T.contiguous() for x in ctx.saved_tensors), strict=True):
-            table.index_add_(0, index, grad * weight[:, None])          # 12 of these beat embedding_bag's own backward threefold
-        return table, None, None
+        (index, weight), M = ctx.saved_tensors, ctx.texels
+        if len(grad) < 8192:            # few points: 12 scatter-adds; many: sorted by texel, so that each texel sums its own
+            table = grad.new_zeros(M, grad.shape[1])
+            for i, w in zip(index.T.contiguous(), weight.T.contiguous(), strict=True):
+                table.index_add_(0, i, grad * w[:, None])
+            return table, None, None
+        order, count = index.view(-1).int().argsort(), torch.bincount(index.view(-1), minlength=M)
+        weight = weight.view(-1)[order]
+        return F.embedding_bag(order // 12, grad, count.cumsum(0) - count, mode='sum', per_sample_weights=weight), None, None
 
 def sample_planes(planes, points):
     """Planes (3, C, R, R), points (N, 3) -> (N, C): bilinear (-1 is texel 0, +1 texel R-1; outside is zero), mean over the planes."""
     _, C, R, _ = planes.shape
+    if C <= 8:                          # few channels: measured faster
+        x = torch.where(points.abs() > 1, 9.0, points.detach()).T
+        where = torch.stack([torch.stack([x[u], x[v]], dim=-1) for u, v in AXES])                  # (3, N, 2)
+        return F.grid_sample(planes, where[:, None], align_corners=True)[:, :, 0].sum(0).T / 3
     table = planes.permute(0, 2, 3, 1).reshape(3 * R * R, C)            # no copy where planes are channels-last
     x = points.detach().T.contiguous()                                  # (3, N): arithmetic on whole rows
     inside, x = (x.abs() <= 1).to(x), (x.clamp(-1, 1) + 1) * (0.5 * (R - 1))                       # in texels
@@ -422,36 +431,19 @@ def roll_in(x):
     """Inverse of roll_out: (B, C, R, 3R) -> (B, 3, C, R, R)."""
     return torch.stack(x.chunk(3, dim=-1), dim=1)
 
-def resize_matrix(size, R, device):
-    """(size, R) weights of a triangle filter between lattices whose ends coincide: linear upwards, antialiased downwards."""
-    ratio = (R - 1) / max(size - 1, 1)
-    at = torch.arange(size, device=device)[:, None] * ratio - torch.arange(R, device=device)
-    weight = (1 - at.abs() / max(ratio, 1.0)).clamp(min=0)
-    return weight / weight.sum(1, keepdim=True)
-
 def resize_planes(planes, size):
-    """planes (..., R, R) -> (..., size, size), so that sample_planes finds the same content at the same point."""
-    weight = resize_matrix(size, planes.shape[-1], planes.device).to(planes.dtype)
+    """planes (..., R, R) -> (..., size, size), so that sample_planes finds the same content at the same point: a triangle filter between
+    lattices whose ends coincide, linear upwards and antialiased downwards."""
+    R, device = planes.shape[-1], planes.device
+    ratio = (R - 1) / max(size - 1, 1)
+    at = torch.arange(size, device=device)[:, None] * ratio - torch.arange(R, device=device)       # (size, R), in texels
+    weight = (1 - at.abs() / max(ratio, 1.0)).clamp(min=0)
+    weight = (weight / weight.sum(1, keepdim=True)).to(planes.dtype)
     return weight @ planes @ weight.T
 
-class TotalVariation(torch.autograd.Function):
-    """Sum over planes (3, C, R, R) of mean squared differences of neighbours along both axes; autograd takes ten times as long."""
-    @staticmethod
-    def forward(ctx, planes):
-        ctx.save_for_backward(planes)
-        return sum(3 * torch.diff(planes, dim=d).square().mean() for d in (-1, -2))
-
-    @staticmethod
-    def backward(ctx, grad):
-        planes, = ctx.saved_tensors
-        out, R = torch.zeros_like(planes), planes.shape[-1]
-        for d in (-1, -2):
-            diff = torch.diff(planes, dim=d)
-            diff *= grad * (6 / diff.numel())
-            out.narrow(d, 1, R - 1).add_(diff)
-            out.narrow(d, 0, R - 1).sub_(diff)
-        return out
-total_variation = TotalVariation.apply
+def total_variation(planes):
+    """Sum over planes (3, C, R, R) of the mean squared difference of neighbours along both axes."""
+    return 3 * (F.mse_loss(planes[..., 1:, :], planes[..., :-1, :]) + F.mse_loss(planes[..., 1:], planes[..., :-1]))
 
 # 5 Decoder ------------------------------------------------------------------------------------------------------------
 # The MLP that all avatars share: queried features are frequency-encoded (Rodin, section 3.1), density comes from the last quarter of
@@ -468,21 +460,10 @@ class TruncExp(torch.autograd.Function):
     def backward(ctx, grad):
         return grad * ctx.saved_tensors[0].clamp(-15, 15).exp()
 
-class FrequencyEncoding(torch.autograd.Function):
+def frequency_encoding(v):
     """(N, D) -> (N, 5 D): [v, sin v, cos v, sin 2v, cos 2v], no factor of pi; double angles, so one sine and one cosine suffice."""
-    @staticmethod
-    def forward(ctx, v):
-        s, c = v.sin(), v.cos()
-        out = torch.cat([v, s, c, 2 * s * c, 1 - 2 * s * s], dim=-1)
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        _, s, c, s2, c2 = ctx.saved_tensors[0].chunk(5, dim=-1)
-        g, gs, gc, gs2, gc2 = grad.chunk(5, dim=-1)
-        return g + gs * c - gc * s + 2 * (gs2 * c2 - gc2 * s2)
-frequency_encoding = FrequencyEncoding.apply
+    s, c = v.sin(), v.cos()
+    return torch.cat([v, s, c, 2 * s * c, 1 - 2 * s * s], dim=-1)
 
 class Decoder(nn.Module):
     """Plane features (N, C) and unit view directions (N, 3) -> density sigma (N,) > 0 per box unit and rgb (N, 3) in 0..1."""
@@ -514,7 +495,8 @@ class PlaneField:
 # 6 Volume rendering ---------------------------------------------------------------------------------------------------
 # Rays are marched with a constant step, masked by an occupancy grid: exactly the samples of instant-ngp's skipping marcher, packed
 # (ray_index says whose). A field is any callable field(points (S, 3), dirs (S, 3) or None) -> (sigma (S,), rgb (S, 3) or None).
-T_MIN = 1e-4                            # a sample counts if the transmittance before it is at least this
+EMPTY = 2e-3                            # density of a fog that nobody sees
+T_MIN, W_MIN = 1e-4, 3e-5               # a sample counts if the transmittance before it and its weight are at least these
 BLOCK = 8                               # lattice points that march tests in one go
 
 class OccupancyGrid:
@@ -540,25 +522,28 @@ class OccupancyGrid:
         return (x * self.G + y) * self.G + z
 
     @torch.no_grad()
-    def update(self, field, generator=None, partial=False):
-        """value <- max(0.95 value, sigma at a random point) of all cells; partial: of a quarter at random and as many of the occupied."""
+    def update(self, field, generator=None, cells=None):
+        """value <- max(0.95 value, sigma at a random point) of flat `cells` (all that may be occupied)."""
         G, values = self.G, self.values.view(-1)
-        cells = torch.nonzero(values >= 0)[:, 0]
-        if partial and len(cells):
-            occupied, quarter = torch.nonzero(self.occupied.view(-1))[:, 0], max(len(cells) // 4, 1)
-            pick = [c[torch.randint(len(c), (quarter,), generator=generator).to(c.device)] for c in (cells, occupied) if len(c)]
-            cells = torch.cat(pick).unique()
-        for part in cells.split(2 ** 18):
+        for part in ((values >= 0).nonzero()[:, 0] if cells is None else cells).split(2 ** 18):
             centre = torch.stack([part // (G * G), part // G % G, part % G], dim=-1) + 0.5
             jitter = torch.rand(len(part), 3, generator=generator).to(centre.device) - 0.5
             values[part] = torch.maximum(0.95 * values[part], field((centre + jitter) * (2 / G) - 1)[0].float())
         self.refresh()
 
-def grid_for(field, config, device='cpu', updates=16, seed=0):
-    """Occupancy grid of a field that no camera has seen, such as generated planes: 16 full updates from zero (supplement A)."""
+    def some_cells(self, generator):        # a quarter of the cells at random, and as many of the occupied (instant-ngp)
+        sets = [mask.view(-1).nonzero()[:, 0] for mask in (self.values >= 0, self.occupied)]
+        quarter = (max(len(sets[0]) // 4, 1),)
+        return torch.cat([c[torch.randint(len(c), quarter, generator=generator).to(c.device)] for c in sets if len(c)]).unique()
+
+def grid_for(field, config, device='cpu', updates=24, seed=0):
+    """Occupancy grid of a field that no camera has seen, such as generated planes: of all that is not EMPTY, so that nothing visible is
+    skipped (supplement A: 16 full updates, threshold 10). Updates from zero; after four, only of empty cells beside occupied ones."""
     grid, generator = OccupancyGrid(config.grid, config.steps, device), torch.Generator().manual_seed(seed)
-    for _ in range(updates):
-        grid.update(field, generator)
+    grid.density_threshold = EMPTY
+    for i in range(updates):
+        beside = F.max_pool3d(grid.occupied[None].float(), 3, 1, 1)[0] > grid.occupied
+        grid.update(field, generator, None if i < 4 else beside.view(-1).nonzero()[:, 0])
     return grid
 
 def transmittance(tau, ray_index, rays):
@@ -568,8 +553,8 @@ def transmittance(tau, ray_index, rays):
     return torch.exp(before[first][ray_index] - before).float() if len(tau) else tau
 
 def near_blocks(rays_o, rays_d, steps, grid=None, offset=None):
-    """Blocks of 8 lattice points that may hold samples, tested in one go, at their middle, against the widened grid -> their rays (K,),
-    ascending, and first points (K,), ascending within a ray; each ray's start and number of lattice points (N,), 0 for a miss."""
+    """Blocks of 8 lattice points that may hold samples, tested in one go, at their middle, against the widened grid -> ray (K,) and first
+    point (K,), in order; of each ray the lattice's start (N,) and number of points (N,), 0 for a miss."""
     delta, (near, far) = 2 * math.sqrt(3) / steps, intersect_box(rays_o, rays_d)
     start = near if offset is None else near + delta * offset
     count = ((far - start) / delta).ceil().clamp(min=0)
@@ -583,9 +568,9 @@ def near_blocks(rays_o, rays_d, steps, grid=None, offset=None):
 
 @torch.no_grad()
 def march(rays_o, rays_d, steps, grid=None, offset=None, field=None):
-    """Lattice samples of rays (N, 3) in the box and in occupied cells -> ray_index (S,) ascending, t (S,) ascending within a ray, points
-    (S, 3). steps: lattice points a diagonal, delta = 2 sqrt(3) / steps. offset: (N,) in 0..1 shifts a ray's lattice (training). field: only
-    the samples that light reaches, found front to back: a ray's first 2 blocks, the next 2, 4, 8 ... until the light is spent."""
+    """Lattice samples of rays (N, 3) in the box and in occupied cells -> ray_index (S,), t (S,), points (S, 3), in order along each ray.
+    steps: lattice points a diagonal, delta = 2 sqrt(3) / steps. offset: (N,) in 0..1 shifts a ray's lattice (training). field: only what
+    light reaches, found front to back: a ray's first 2 blocks, the next 2, 4, 8 ... until the light is spent."""
     delta, N = 2 * math.sqrt(3) / steps, len(rays_o)
     ray, first, start, count = near_blocks(rays_o, rays_d, steps, grid, offset)
     rank = torch.arange(len(ray), device=ray.device) - torch.searchsorted(ray, torch.arange(N, device=ray.device))[ray]
@@ -595,13 +580,12 @@ def march(rays_o, rays_d, steps, grid=None, offset=None, field=None):
         r, k = ray[now][:, None], first[now][:, None] + torch.arange(BLOCK, device=ray.device)         # (blocks, 1), (blocks, 8)
         t = start[r] + k * delta
         points = (rays_o[r] + t[..., None] * rays_d[r]).clamp(-1, 1)                               # (blocks, 8, 3)
-        inside = k < count[r]
-        if grid is not None:
-            inside &= grid.occupied.view(-1)[grid.cell(points)]
+        inside = (k < count[r]) & (grid is None or grid.occupied.view(-1)[grid.cell(points)])
         r, t, points = r.expand_as(k)[inside], t[inside], points[inside]
         if field:
             tau = field(points)[0] * delta
-            lit = transmittance(tau, r, N) * torch.exp(-passed[r]) >= T_MIN
+            T = transmittance(tau, r, N) * torch.exp(-passed[r])
+            lit = (T >= T_MIN) & (T * tau >= W_MIN)
             passed.index_add_(0, r, tau)
             r, t, points, now = r[lit], t[lit], points[lit], now | (passed[ray] > -math.log(T_MIN))
         parts.append((r, t, points))
@@ -680,8 +664,7 @@ class Rays:
 
 def consolidation(decoder, memory):
     """1/2 sum of fisher (w - anchor)^2 (Eq. 3 without lambda); memory: {'fisher', 'anchor'}, each {parameter name: tensor}."""
-    fisher, anchor = memory['fisher'], memory['anchor']
-    return 0.5 * torch.stack([(fisher[n] * (p - anchor[n]).square()).sum() for n, p in decoder.named_parameters()]).sum()
+    return 0.5 * sum((memory['fisher'][n] * (p - memory['anchor'][n]).square()).sum() for n, p in decoder.named_parameters())
 
 def fisher_information(decoder, losses):
     """{name: mean squared gradient of the data loss} over several batches (scalar losses; Algorithm 1's single one is noisy), if finite."""
@@ -691,29 +674,25 @@ def fisher_information(decoder, losses):
     fisher = [sum((grads[i].square() for grads in batches), torch.zeros_like(p)) for i, p in enumerate(parameters)]
     return {n: f / max(len(batches), 1) for n, f in zip(names, fisher, strict=True)}
 
-def planes_size(config, progress):
-    """Side of the planes at `progress` 0..1 of an avatar's fit: R/4, R/2 from 10 %, R from 30 % on."""
-    return config.resolution // (4 if progress < 0.1 else 2 if progress < 0.3 else 1)
-
 def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, seconds=None,
                decoder_optimizer=None, memory=None, sync=None, seed=0, report=None):
     """One visit to an avatar: fits planes (3, C, r, r), and the decoder where `decoder_optimizer` is given -> planes (3, C, R, R) in [-1,
-    1], grid, new memory (None without decoder_optimizer). span: the part of the avatar's whole fit that this visit is (size of the planes
-    and learning rate follow); `steps` steps, or about `seconds` (resuming needs steps). memory: IWC state of the last visit. sync: called
-    before the decoder's step, to average gradients over ranks. report(progress, terms): called every 50 steps."""
+    1], grid, new memory (None without decoder_optimizer). span: which part of the avatar's whole fit the visit is (size of the planes and
+    learning rate follow); `steps` steps, or about `seconds`. memory: IWC state of the last visit. sync: called before the decoder's step,
+    to average gradients over ranks. report(progress, terms): called every 50 steps."""
     device, generator = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
     reach = 2 * math.sqrt(3) / config.grid * float(views.intrinsics[:, 0].max() / views.c2w[:, :3, 3].norm(dim=-1).min().clamp(min=0.5))
     rays = Rays(views, device, margin=6 + int(reach))                   # pixels that may see a cell of the hull
     grid = OccupancyGrid(config.grid, config.steps, device, visual_hull(views, config.grid) if views.has_alpha else None)
-    empty = (grid.values < 0).nonzero() if views.has_alpha else ()      # cells outside the hull
     began, step, table = time.monotonic(), 0, None
     def data_loss(planes):
         rays_o, rays_d, target = rays.draw(config.rays, generator)
-        offset = torch.rand(len(rays_o), generator=generator).to(device)
-        return F.mse_loss(render(PlaneField(planes, decoder), rays_o, rays_d, config.steps, grid, offset)[0], target)
+        shift = torch.rand(len(rays_o), generator=generator).to(device)
+        return F.mse_loss(render(PlaneField(planes, decoder), rays_o, rays_d, config.steps, grid, shift)[0], target)
 
     while (done := step / steps if steps else (time.monotonic() - began) / seconds) < 1:
-        size = planes_size(config, progress := span[0] + (span[1] - span[0]) * done)
+        progress = span[0] + (span[1] - span[0]) * done
+        size = config.resolution // (4 if progress < 0.1 else 2 if progress < 0.3 else 1)          # coarse to fine
         if table is None or table.shape[1] != size:                     # the first step, or the planes double
             source = planes if table is None else table.detach().permute(0, 3, 1, 2)
             table = resize_planes(source.to(device).float(), size).permute(0, 2, 3, 1).contiguous().requires_grad_()
@@ -721,18 +700,19 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
         view = table.permute(0, 3, 1, 2)                                # (3, C, size, size), channels-last
         optimizer.param_groups[0]['lr'] = config.lr_planes * 0.05 ** progress
         if step % 16 == 0:
-            grid.update(PlaneField(view.detach(), decoder), generator, partial=step >= 256)
+            grid.update(PlaneField(view.detach(), decoder), generator, None if step < 256 else grid.some_cells(generator))
         seen = view
         if config.rescale and torch.rand((), generator=generator) < config.rescale:
             seen = resize_planes(view, int(torch.randint(size // 4, size, (), generator=generator)))
         terms = {'rgb': data_loss(seen)}
-        if step % 4 == 0:               # regularisers cost as much as the rays do: every fourth step, four times
-            terms['tv'] = 4 * config.weight_tv * total_variation(view)
-            terms['l2'] = 4 * config.weight_l2 * 3 * view.square().mean()
-            if len(empty):              # generated planes are rendered without a hull: keep it empty
-                cell = empty[torch.randint(len(empty), (1024,), generator=generator)]
-                points = (cell + torch.rand(1024, 3, generator=generator).to(device)) * (2 / config.grid) - 1
-                terms['empty'] = 4 * config.weight_empty * torch.log1p(PlaneField(view, decoder)(points)[0]).mean()
+        if step % 8 == 0:               # regularisers cost as much as the rays do: every eighth step, eight times
+            terms['tv'] = 8 * config.weight_tv * total_variation(view)
+            terms['l2'] = 8 * config.weight_l2 * 3 * view.square().mean()
+            if views.has_alpha:         # generated planes are rendered without a hull: keep empty cells empty
+                cell = torch.randint(config.grid, (4096, 3), generator=generator).to(device)
+                points = (cell + torch.rand(4096, 3, generator=generator).to(device)) * (2 / config.grid) - 1
+                excess = F.relu(torch.log(PlaneField(view, decoder)(points)[0] / EMPTY))
+                terms['empty'] = 8 * config.weight_empty * (excess * (grid.values[cell.unbind(1)] < 0)).mean()
         if memory is not None:
             terms['iwc'] = config.weight_iwc * consolidation(decoder, memory)
         optimizer.zero_grad()
@@ -890,7 +870,7 @@ class Portrait(NamedTuple):
 class Condition(NamedTuple):
     """A Portrait after a network's own layers: all that does not depend on t."""
     pooled: torch.Tensor                    # (B, E)
-    tokens: list                            # (B, L, W) for each map in use
+    keys_values: dict                       # of each layer that attends to the portrait: (B, heads, L, head), twice
     lr: torch.Tensor | None = None          # enlarged and rolled out, (B, C, R, 3R)
 
 @torch.no_grad()
@@ -910,8 +890,8 @@ def null_like(portrait):
 
 def join(a, b):
     """Two Conditions as one batch, for guidance."""
-    return Condition(torch.cat([a.pooled, b.pooled]), [torch.cat(pair) for pair in zip(a.tokens, b.tokens)],
-                     None if a.lr is None else torch.cat([a.lr, b.lr]))
+    keys_values = {layer: [torch.cat(pair) for pair in zip(kv, b.keys_values[layer])] for layer, kv in a.keys_values.items()}
+    return Condition(torch.cat([a.pooled, b.pooled]), keys_values, None if a.lr is None else torch.cat([a.lr, b.lr]))
 
 class PortraitTokens(nn.Module):
     """The first `count` maps, each cut into 8 x 8 patches: a list of tokens (B, 64, W). They carry no position."""
@@ -953,9 +933,8 @@ def timestep_embedding(t, width):
 
 class AwareConv(nn.Module):
     """3D-aware convolution, (B, c_in, H, 3H) to (B, c_out, H, 3H), H at least 2; starts at zero. Plane p has its own 3 x 3 convolution of 3
-    c_in channels: the three planes, the two others averaged over the axis that p lacks and laid out along the axis they share with p. Such
-    a channel is constant along p's other axis, so its zero-padded convolution has three distinct lines: first, last, all between. A strip
-    of three lines, the middle one repeated, gives the same numbers for a third of the work and memory."""
+    c_in channels: the three planes, the two others averaged over the axis that p lacks. Such a mean is constant along p's other axis, so
+    its zero-padded convolution has three distinct lines, first, last and all between: a strip of three gives the same numbers for less."""
     def __init__(self, c_in, c_out):
         super().__init__()
         self.convs = nn.ModuleList(zero(conv(3 * c_in, c_out)) for _ in range(3))
@@ -989,25 +968,24 @@ class ResBlock(nn.Module):
         return self.skip(self.resample(x)) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 class Attention(nn.Module):
-    """Texels (B, c, H, 3H) attend to the portrait's tokens (B, L, W) and, if `joint`, to all texels, in one softmax."""
-    def __init__(self, channels, head, token_width, joint):
+    """Texels (B, c, H, 3H) attend to tokens of a portrait map (none if token_width is 0) and, if `joint`, to all texels, in one softmax."""
+    def __init__(self, channels, head, token_width, joint, height):
         super().__init__()
         assert channels % head == 0, f'{channels} channels are no multiple of the head width {head}'
-        self.head, self.norm, self.qkv = head, norm(channels), nn.Linear(channels, (3 if joint else 1) * channels)
+        self.head, self.height, self.norm = head, height, norm(channels)
+        self.qkv, self.proj = nn.Linear(channels, (3 if joint else 1) * channels), zero(nn.Linear(channels, channels))
         self.norm_tokens = nn.Identity() if joint else norm(token_width)
         self.kv = nn.Linear(token_width, 2 * channels) if token_width else None
-        self.proj = zero(nn.Linear(channels, channels))
 
     def split(self, x):                     # (B, N, parts c), channels by head, then part, to parts (B, heads, N, head)
         return [part.transpose(1, 2) for part in x.unflatten(2, (self.proj.in_features // self.head, -1, self.head)).unbind(3)]
 
-    def forward(self, x, tokens):
+    def keys_values(self, tokens):          # (B, L, W) to (B, heads, L, head), twice
+        return self.split(self.kv(self.norm_tokens(tokens.transpose(1, 2)).transpose(1, 2)))
+
+    def forward(self, x, keys_values=()):
         q, *own = self.split(self.qkv(self.norm(x).flatten(2).transpose(1, 2)))                 # (B, heads, 3HH, head)
-        kv = [own] if own else []
-        if self.kv is not None:
-            tokens = self.norm_tokens(tokens.transpose(1, 2)).transpose(1, 2)
-            kv = [self.split(self.kv(tokens)), *kv]
-        k, v = (torch.cat(parts, 2) for parts in zip(*kv))                                      # (B, heads, L + 3HH, head)
+        k, v = (torch.cat(parts, 2) for parts in zip(*filter(len, (keys_values, own))))         # (B, heads, L + 3HH, head)
         h = F.scaled_dot_product_attention(q, k, v)                                             # (B, heads, 3HH, head)
         return x + self.proj(h.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
 
@@ -1038,29 +1016,31 @@ class UNet(nn.Module):
                 height *= 2
 
     def condition(self, portrait):
-        return Condition(self.pooled(portrait.latent), self.tokens(portrait.maps))
+        """A Portrait as this network's Condition: all that is the same at every t."""
+        tokens = dict(zip(self.heights, self.tokens(portrait.maps)))                            # plane height: (B, L, W)
+        cross = [layer for layer in self.modules() if isinstance(layer, Attention) and layer.kv]
+        return Condition(self.pooled(portrait.latent), {layer: layer.keys_values(tokens[layer.height]) for layer in cross})
 
-    def run(self, layers, x, emb, tokens):  # x through layers, each of which is given what it takes besides
+    def run(self, layers, x, emb, kv):      # x through layers, each of which is given what it takes besides
         for layer in layers:
             also = (emb,) if isinstance(layer, (ResBlock, ResnetBlock)) else ()
-            also = (tokens.get(x.shape[2]),) if isinstance(layer, Attention) else also
+            also = (kv.get(layer, ()),) if isinstance(layer, Attention) else also
             x = checkpoint(layer, x, *also, use_reentrant=False) if self.checkpoint and self.training else layer(x, *also)
         return x
 
-    def u(self, h, emb, tokens):            # down, through the middle, and up again with skip connections
+    def u(self, h, emb, kv):                # down, through the middle, and up again with skip connections
         skips = [h]
         for layers in self.encoder:
-            skips.append(h := self.run(layers, h, emb, tokens))
-        h = self.run(self.middle, h, emb, tokens)
+            skips.append(h := self.run(layers, h, emb, kv))
+        h = self.run(self.middle, h, emb, kv)
         for layers in self.decoder:
-            h = self.run(layers, torch.cat([h, skips.pop()], dim=1), emb, tokens)
+            h = self.run(layers, torch.cat([h, skips.pop()], dim=1), emb, kv)
         return h
 
     def forward(self, x, t, condition):
         condition = self.condition(condition) if isinstance(condition, Portrait) else condition
-        tokens = dict(zip(self.heights, condition.tokens))                                      # plane height: (B, L, W)
         emb = self.time(timestep_embedding(t, self.width)) + condition.pooled                   # (B, E)
-        return roll_in(self.planes(roll_out(x), emb, tokens, condition.lr))
+        return roll_in(self.planes(roll_out(x), emb, condition.keys_values, condition.lr))
 
 class BaseUNet(UNet):
     """Base network (supplement A, Table 5; 366,823,360 parameters at `paper`): planes (B, 3, C, r, r) to noise, variance (2C)."""
@@ -1073,13 +1053,13 @@ class BaseUNet(UNet):
     def step(self, c_in, c_out, height, middle=False):          # a middle for which there is no map attends to itself alone
         res = ResBlock(c_in, c_out, self.emb, aware=height in self.config.base_aware)
         token_width = self.config.token_width if height in self.heights else 0
-        return [res, Attention(c_out, self.config.head_width, token_width, joint=True)] if token_width or middle else [res]
+        return [res, Attention(c_out, self.config.head_width, token_width, True, height)] if token_width or middle else [res]
 
     def resample(self, c, up):
         return ResBlock(c, c, self.emb, resample=nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2))
 
-    def planes(self, x, emb, tokens, _):
-        return self.conv_out(F.silu(self.norm_out(self.u(self.conv_in(x), emb, tokens))))       # (B, 2C, r, 3r)
+    def planes(self, x, emb, kv, _):
+        return self.conv_out(F.silu(self.norm_out(self.u(self.conv_in(x), emb, kv))))           # (B, 2C, r, 3r)
 
 class UpsampleUNet(UNet):
     """The upsample network (supplement A, Table 6): noisy planes and a Portrait with `lr` to x_start, (B, 3, C, R, R) both. 337,301,920
@@ -1094,23 +1074,23 @@ class UpsampleUNet(UNet):
             nn.init.zeros_(self.out.conv_shortcut.bias)
             self.out.conv_shortcut.weight[..., 0, 0] = torch.cat([torch.zeros(planes, planes), torch.eye(planes)], dim=1)
 
-    def step(self, c_in, c_out, _=None, middle=False):
-        attention = [Attention(c_out, self.config.up_head_width, self.config.token_width, joint=False)] if middle else []
+    def step(self, c_in, c_out, height=None, middle=False):
+        attention = [Attention(c_out, self.config.up_head_width, self.config.token_width, False, height)] if middle else []
         return [ResnetBlock(c_in, c_out, self.emb, second=AwareConv), *attention]
 
     def resample(self, c, up):
         return resized(c, up, mode='bilinear', align_corners=True)
 
     def condition(self, portrait):
-        """A Portrait with `lr` as this network's Condition; the planes are enlarged (bicubic) here, once."""
+        """A Portrait with `lr`: the planes are enlarged (bicubic) here, once."""
         lr = F.interpolate(portrait.lr.flatten(1, 2), size=self.config.resolution, mode='bicubic', align_corners=True)
         return super().condition(portrait)._replace(lr=roll_out(lr.unflatten(1, portrait.lr.shape[1:3])))
 
-    def planes(self, x, emb, tokens, lr):
-        h = self.run(self.head, self.conv_in(x), emb, tokens)                                   # (B, width, R, 3R)
+    def planes(self, x, emb, kv, lr):
+        h = self.run(self.head, self.conv_in(x), emb, kv)                                       # (B, width, R, 3R)
         top = torch.cat([h, lr], dim=1)                                                         # (B, width + C, R, 3R)
-        h = torch.cat([self.u(top, emb, tokens), top], dim=1)                                   # (B, 2 width + C, R, 3R)
-        return self.run([self.out], torch.cat([self.run(self.tail, h, emb, tokens), lr], dim=1), None, tokens)     # (B, C, R, 3R)
+        h = torch.cat([self.u(top, emb, kv), top], dim=1)                                       # (B, 2 width + C, R, 3R)
+        return self.run([self.out], torch.cat([self.run(self.tail, h, emb, kv), lr], dim=1), None, kv)             # (B, C, R, 3R)
 
 # 10 Diffusion ---------------------------------------------------------------------------------------------------------
 # Schedules, losses and sampler (section 3.4). Planes are redundant, noise hides less of them than of an image: both schedules destroy them

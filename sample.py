@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import rodinhd as rh
 
-SIDES = ((0, 0), (-35, 5), (35, 5), (-90, 5), (90, 5), (180, 5))       # azimuth, elevation of the grid's views, degrees
+SIDES = (0, 320, 40, 270, 90, 180)      # azimuths of the grid's views, degrees: the frames of the turntable nearest to them
 
 
 def load_models(args, device):
@@ -58,20 +58,19 @@ def main(args):
 
     folder = args.out / (args.name or (Path(portrait).stem if portrait else 'unconditional'))
     folder.mkdir(parents=True, exist_ok=True)
-    rows, columns = [], -(-args.count // max(1, int(args.count ** 0.5)))        # the turntable tiles the avatars
+    columns = -(-args.count // max(1, int(args.count ** 0.5)))          # the turntable tiles the avatars
     intrinsics, turns = rh.intrinsics_of(34.0, args.size).to(device), []
-    bar = tqdm(total=args.count * (len(SIDES) + args.frames), desc='rendering')
+    bar = tqdm(total=args.count * args.frames, desc='rendering')
     for p in planes:
         field = rh.PlaneField(p, models['decoder'])
-        grid = rh.grid_for(field, config, device)
-
-        def view(azimuth, elevation, field=field, grid=grid):
-            pose = rh.orbit_pose(azimuth, elevation).to(device)
-            image, _ = rh.render_view(field, pose, intrinsics, args.size, args.size, config.steps, grid)
+        grid, turn = rh.grid_for(field, config, device), []
+        for i in range(args.frames):
+            pose = rh.orbit_pose(360 * i / args.frames, 5).to(device)
+            view, _ = rh.render_view(field, pose, intrinsics, args.size, args.size, config.steps, grid)
+            turn.append((view * 255).round().byte().cpu().numpy())
             bar.update()
-            return (image * 255).round().byte().cpu().numpy()
-        rows.append(np.concatenate([view(*side) for side in SIDES], axis=1))
-        turns.append([view(360 * i / args.frames, 5) for i in range(args.frames)])
+        turns.append(turn)
+    rows = [np.concatenate([turn[round(side / 360 * args.frames) % args.frames] for side in SIDES], axis=1) for turn in turns]
     bar.close()
     if portrait:
         seen = Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
@@ -99,7 +98,7 @@ def parse(argv=None):
     p.add_argument('--steps', type=int, help='sampling steps of each model (default: the preset\'s)')
     p.add_argument('--eta', type=float, default=1.0, help='1 is ancestral sampling, 0 deterministic DDIM')
     p.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
-    p.add_argument('--frames', type=int, default=20, help='frames of the turntable')
+    p.add_argument('--frames', type=int, default=36, help='frames of the turntable')
     p.add_argument('--name', help='folder in --out (default: the portrait\'s name)')
     p.add_argument('--out', type=Path, default=Path('samples'))
     p.add_argument('--runs', type=Path, default=Path('runs'))

@@ -95,7 +95,7 @@ def test_sampling_keeps_the_variance_of_the_process(eta):
 
 def test_guidance_extrapolates_and_costs_nothing_at_one():
     process = rh.Diffusion('sigmoid', 100, 'x_start')
-    to, null = rh.Condition(torch.tensor([[0.3]]), []), rh.Condition(torch.tensor([[0.1]]), [])
+    to, null = rh.Condition(torch.tensor([[0.3]]), {}), rh.Condition(torch.tensor([[0.1]]), {})
     model = Recorder(process, None)
     x = process.sample(model, (1, 3, 1, 2, 2), to, null, guidance=2.0, steps=5)
     assert torch.allclose(x, torch.tensor(0.5), atol=1e-4) and all(n == 2 for n, _ in model.calls)      # 0.1 + 2 (0.3 - 0.1)

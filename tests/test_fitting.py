@@ -1,4 +1,5 @@
 """Decoder, consolidation and fitting: known counts, worked-out gradients, and an avatar with known geometry."""
+import math
 import random
 
 import pytest
@@ -73,10 +74,6 @@ def test_fisher_leaves_out_gradients_that_are_not_finite():
     assert fisher['weight'].item() == (4 + 16) / 2
 
 
-def test_planes_double_twice(tiny):
-    assert [rh.planes_size(tiny, p) for p in (0, 0.05, 0.2, 0.5, 1)] == [8, 8, 16, 32, 32]
-
-
 def load(data, tiny):
     folder = rh.list_avatars(data)[0]
     box = rh.read_box(folder)
@@ -92,6 +89,23 @@ def test_visual_hull_holds_the_solid_and_not_the_corners(data, tiny):
     solid = avatars.inside(parts, cells).view(32, 32, 32)
     assert solid.any() and hull[solid].all()
     assert not hull[[0, 0, -1, -1], [0, -1, 0, -1], [-1, -1, -1, -1]].any() and hull.float().mean() < 0.5
+
+
+def test_half_of_the_rays_are_at_the_edge_of_the_silhouette():
+    """A disc of radius 10 in the middle of 64 x 64: half of the rays within 2 pixels of its edge, all within the margin of 6."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing='ij')
+    away = ((x - 31.5) ** 2 + (y - 31.5) ** 2).sqrt()
+    images = torch.full((1, 64, 64, 4), 255, dtype=torch.uint8)
+    images[0, ..., 0], images[0, ..., 3] = 40, (away < 10) * 255
+    pose, k = rh.orbit_pose(0, 0), rh.intrinsics_of(34.0, 64)
+    rays = rh.Rays(rh.Views(images, pose[None], k[None], True), 'cpu', margin=6)
+    rays_o, rays_d, colours = rays.draw(1000, torch.Generator().manual_seed(0))
+    local = rays_d @ pose[:3, :3]                                       # camera coordinates, back to pixels from the middle
+    radius = (local[:, :2] / -local[:, 2:] * k[0]).norm(dim=1)
+    assert torch.equal(rays_o, pose[:3, 3].expand(1000, 3)) and radius.max() < 10 + 6 * math.sqrt(2) + 0.1
+    assert torch.allclose(colours, torch.where(radius[:, None] < 10, torch.tensor([40 / 255, 1, 1]), torch.ones(3)))
+    edge = (radius - 10).abs() < 3                                      # 2 pixels, along a diagonal 2.8
+    assert 0.5 <= edge.float().mean() < 0.75 and edge[500:].all()
 
 
 def test_fitting_shows_the_avatar(data, tiny):

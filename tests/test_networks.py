@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import rodinhd as rh
+from references import naive_aware_conv
 
 
 def count(module):
@@ -97,18 +98,6 @@ def test_vae_maps(tiny):
     assert vae.decode(mean).shape == (2, 3, 64, 64)
 
 
-def naive_aware_conv(x, conv):
-    """The 3D-aware convolution as Rodin draws it: for each plane, its own map and the two others' means, concatenated."""
-    xy, xz, yz = x.chunk(3, dim=3)                                      # (.., height, width): xy[.., y, x], xz[.., z, x], yz[.., z, y]
-    H = xy.shape[2]
-    along_width = lambda v: v[:, :, None, :].expand(-1, -1, H, -1)
-    along_height = lambda v: v[:, :, :, None].expand(-1, -1, -1, H)
-    inputs = [torch.cat([xy, along_width(xz.mean(2)), along_height(yz.mean(2))], 1),           # f(x) of xz, f(y) of yz
-              torch.cat([along_width(xy.mean(2)), xz, along_height(yz.mean(3))], 1),           # f(x) of xy, f(z) of yz
-              torch.cat([along_width(xy.mean(3)), along_height(xz.mean(3)), yz], 1)]           # f(y) of xy, f(z) of xz
-    return torch.cat([F.conv2d(i, c.weight, c.bias, padding=1) for i, c in zip(inputs, conv.convs)], dim=3)
-
-
 @pytest.mark.parametrize('H', [2, 3, 8])
 def test_aware_convolution_equals_the_naive_form(H):
     conv = rh.AwareConv(4, 5)
@@ -194,3 +183,12 @@ def test_recomputing_activations_changes_nothing(tiny):
         net(x, t, portrait).square().mean().backward()
         grads.append([p.grad.clone() for p in net.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_a_sampled_portrait_is_projected_to_keys_and_values_once(tiny, monkeypatch):
+    net, portrait, calls = shaken(rh.BaseUNet(tiny)), portrait_of(tiny), []
+    project = rh.Attention.keys_values
+    monkeypatch.setattr(rh.Attention, 'keys_values', lambda self, tokens: calls.append(self) or project(self, tokens))
+    rh.sample_stage('base', net, portrait, tiny, guidance=1.0, steps=5)
+    cross = [layer for layer in net.modules() if isinstance(layer, rh.Attention) and layer.kv]
+    assert len(calls) == len(set(calls)) == len(cross) > 2

@@ -81,6 +81,25 @@ def test_packed_rays_do_not_see_each_other():
     assert opacity[1] == 0 and torch.equal(together[1], torch.ones(3))
 
 
+def test_marching_front_to_back_keeps_exactly_what_light_reaches():
+    """With a field, march finds what it finds without one, less the samples that are behind T < 1e-4 or weigh less than 3e-5."""
+    steps, (rays_o, rays_d), offset = 128, random_rays(300), torch.rand(300)
+    field = lambda p, d=None: (200 * torch.sin(9 * p).prod(-1).abs() + 2 * (p[:, 0] > 0), None)
+    grid = rh.OccupancyGrid(16, steps)
+    grid.values = (torch.rand(16, 16, 16) < 0.4) * 100.0
+    grid.refresh()
+    ray, t, points = rh.march(rays_o, rays_d, steps, grid, offset)
+    tau = field(points)[0] * 2 * math.sqrt(3) / steps
+    T = rh.transmittance(tau, ray, 300)
+    def samples(keep):
+        return {(r, round(s, 4)) for r, s in zip(ray[keep].tolist(), t[keep].tolist(), strict=True)}
+    lit = rh.march(rays_o, rays_d, steps, grid, offset, field)
+    got = {(r, round(s, 4)) for r, s in zip(lit[0].tolist(), lit[1].tolist(), strict=True)}
+    must, may = (samples((1e-4 * r < T) & (T * tau >= 3e-5 * r)) for r in (1.001, 0.999))         # but for rounding
+    assert must <= got <= may and 0.2 < len(got) / len(ray) < 0.9 and len(ray) > 8 * 300
+    assert (lit[0].diff() >= 0).all() and (lit[1].diff()[lit[0].diff() == 0] > 0).all()            # in order
+
+
 def test_termination_drops_only_what_cannot_be_seen():
     steps, (rays_o, rays_d) = 256, random_rays(200)
     colour = lambda p, d: (60.0 * (p.norm(dim=-1) < 0.6), None if d is None else (p + 1) / 2)
@@ -114,13 +133,13 @@ def test_occupancy_update_rule():
     assert torch.allclose(grid.values[1:4], torch.tensor(9.5)) and (grid.values[4:] == 50).all()
     assert torch.equal(grid.occupied, grid.values > 10)
     for _ in range(3):
-        grid.update(field, partial=True)
+        grid.update(field, cells=grid.some_cells(None))
     assert (grid.values[4:] == 50).all() and grid.occupied[4:].all() and not grid.occupied[:4].any()
 
 
 def test_partial_update_with_nothing_occupied():
     grid = rh.OccupancyGrid(8, 64)
-    grid.update(lambda p, d=None: (torch.zeros(len(p)), None), partial=True)
+    grid.update(lambda p, d=None: (torch.zeros(len(p)), None), cells=grid.some_cells(None))
     assert not grid.occupied.any()
 
 
