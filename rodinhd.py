@@ -934,7 +934,7 @@ def timestep_embedding(t, width):
 class AwareConv(nn.Module):
     """3D-aware convolution, (B, c_in, H, 3H) to (B, c_out, H, 3H), H at least 2; starts at zero. Plane p has its own 3 x 3 convolution of 3
     c_in channels: the three planes, the two others averaged over the axis that p lacks. Such a mean is constant along p's other axis, so
-    its zero-padded convolution has three distinct lines, first, last and all between: a strip of three gives the same numbers for less."""
+    its zero-padded convolution has three distinct lines, first, last and all between, each a 1D convolution: the same for less."""
     def __init__(self, c_in, c_out):
         super().__init__()
         self.convs = nn.ModuleList(zero(conv(3 * c_in, c_out)) for _ in range(3))
@@ -949,9 +949,11 @@ class AwareConv(nn.Module):
         for q in {0, 1, 2} - {p}:
             shared, = set(AXES[p]) & set(AXES[q])
             across = 2 + AXES[p].index(shared)                          # the dimension of p along which q's share is constant
-            strip = torch.stack([planes[q].mean(2 + AXES[q].index(shared))] * 3, across)        # (B, c_in, 3, H) or (.., H, 3)
-            first, between, last = F.conv2d(strip, weights[q], padding=1).split(1, across)      # c_out channels
-            out = out + torch.cat([first, between.repeat_interleave(out.shape[2] - 2, across), last], across)
+            before, at, after = weights[q].unbind(across)               # kernels of the lines before, at and after the one that is made
+            kernels = torch.cat([at + after, before + at + after, before + at])
+            lines = F.conv1d(planes[q].mean(2 + AXES[q].index(shared)), kernels, padding=1)     # (B, 3 c_out, H)
+            first, between, last = lines.unsqueeze(across).chunk(3, dim=1)
+            out = out + torch.cat([first, between.expand_as(out).narrow(across, 1, out.shape[2] - 2), last], across)
         return out
 
 class ResBlock(nn.Module):
@@ -1023,8 +1025,7 @@ class UNet(nn.Module):
 
     def run(self, layers, x, emb, kv):      # x through layers, each of which is given what it takes besides
         for layer in layers:
-            also = (emb,) if isinstance(layer, (ResBlock, ResnetBlock)) else ()
-            also = (kv.get(layer, ()),) if isinstance(layer, Attention) else also
+            also = (emb,) if isinstance(layer, (ResBlock, ResnetBlock)) else (kv.get(layer, ()),) if isinstance(layer, Attention) else ()
             x = checkpoint(layer, x, *also, use_reentrant=False) if self.checkpoint and self.training else layer(x, *also)
         return x
 
