@@ -4,10 +4,9 @@ Two walks through this file; every node is the name of its function:
   fitting     load_views -> Rays.draw -> march -> sample_planes -> Decoder -> composite -> fit_avatar's losses (replay is in fit.py)
   generation  read_portrait -> VAE.encode -> PortraitTokens -> BaseUNet (Diffusion.sample) -> UpsampleUNet -> PlaneField -> render
 Eleven chapters follow the data, leaves first: grep -n '^# [0-9]' rodinhd.py prints where they start.
-Letters in shape comments: B batch, V views, N rays or points, S samples, C plane channels, R plane resolution (r low), L portrait
-tokens, T timesteps, G occupancy cells a side, M texels.
-Conventions: planes (B, 3, C, R, R) are xy, xz, yz with (width, height) axes in that order. World Z up, faces look along -Y, content in
-[-1, 1]^3. Cameras are camera-to-world in the Blender/OpenGL convention, pixel centres at +0.5. Images are composited on white.
+Letters: B batch, V views, N rays or points, S samples, C plane channels, R plane resolution (r low), L portrait tokens, T timesteps, G grid
+cells a side, M texels. Planes (B, 3, C, R, R) are xy, xz, yz with (width, height) axes in that order. World Z up, faces look along -Y,
+content in [-1, 1]^3. Cameras are camera-to-world, Blender/OpenGL axes, pixel centres at +0.5. Images are composited on white.
 References: "the paper" is RodinHD (ECCV 2024); Rodin (CVPR 2023); instant-ngp (occupancy grid); EWC; Improved DDPM; Chen 2023; SDXL.
 """
 import atexit
@@ -102,7 +101,7 @@ class Config:
 PRESETS = {'paper': {},
     'small': dict(
         channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250, outer=6,
-        fit_steps=1000, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3, rescale=0.25, vae_widths=(16, 32, 64, 64),
+        fit_steps=1500, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3, rescale=0.25, vae_widths=(16, 32, 64, 64),
         vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4), base_blocks=1,
         base_attention=(16, 8, 4), base_aware=(32,), head_width=32, up_width=16, up_blocks=1, up_body=2, up_recompute=0, vae_steps=1000,
         vae_batch=8, vae_lr=1e-3, base_steps=2300, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3, guidance=1.0,
@@ -536,11 +535,11 @@ class OccupancyGrid:
         quarter = (max(len(sets[0]) // 4, 1),)
         return torch.cat([c[torch.randint(len(c), quarter, generator=generator).to(c.device)] for c in sets if len(c)]).unique()
 
-def grid_for(field, config, device='cpu', updates=24, seed=0):
+def grid_for(field, config, device='cpu', updates=24, seed=0, threshold=EMPTY):
     """Occupancy grid of a field that no camera has seen, such as generated planes: of all that is not EMPTY, so that nothing visible is
     skipped (supplement A: 16 full updates, threshold 10). Updates from zero; after four, only of empty cells beside occupied ones."""
     grid, generator = OccupancyGrid(config.grid, config.steps, device), torch.Generator().manual_seed(seed)
-    grid.density_threshold = EMPTY
+    grid.density_threshold = threshold
     for i in range(updates):
         beside = F.max_pool3d(grid.occupied[None].float(), 3, 1, 1)[0] > grid.occupied
         grid.update(field, generator, None if i < 4 else beside.view(-1).nonzero()[:, 0])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -53,7 +54,8 @@ def main(args):
         image = rh.portrait_on_white(*rh.read_portrait(portrait, config.portrait))
         images = image.expand(args.count, -1, -1, -1)
     began = time.monotonic()
-    planes, low = rh.generate(models, images, args.guidance, args.steps, args.eta, args.seed, progress=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if args.bf16 is None else args.bf16):
+        planes, low = rh.generate(models, images, args.guidance, args.steps, args.eta, args.seed, progress=True)
     print(f'{args.count} avatar(s) sampled in {time.monotonic() - began:.1f} s')
 
     folder = args.out / (args.name or (Path(portrait).stem if portrait else 'unconditional'))
@@ -63,7 +65,7 @@ def main(args):
     bar = tqdm(total=args.count * args.frames, desc='rendering')
     for p in planes:
         field = rh.PlaneField(p, models['decoder'])
-        grid, turn = rh.grid_for(field, config, device), []
+        grid, turn = rh.grid_for(field, config, device, threshold=10 * config.steps / 1024), []     # the paper's: haze is not drawn
         for i in range(args.frames):
             pose = rh.orbit_pose(360 * i / args.frames, 5).to(device)
             view, _ = rh.render_view(field, pose, intrinsics, args.size, args.size, config.steps, grid)
@@ -97,6 +99,7 @@ def parse(argv=None):
     p.add_argument('--guidance', type=float, help='classifier-free guidance of the base model; 1 is none (default: the preset\'s)')
     p.add_argument('--steps', type=int, help='sampling steps of each model (default: the preset\'s)')
     p.add_argument('--eta', type=float, default=1.0, help='1 is ancestral sampling, 0 deterministic DDIM')
+    p.add_argument('--bf16', action=argparse.BooleanOptionalAction, help='autocast to bfloat16 (default: on a GPU)')
     p.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
     p.add_argument('--frames', type=int, default=36, help='frames of the turntable')
     p.add_argument('--name', help='folder in --out (default: the portrait\'s name)')

@@ -1,4 +1,6 @@
 """The benchmark's parts, at sizes that take no time: what they compare is equal, and every row is complete."""
+import json
+
 import bench
 import torch
 
@@ -35,3 +37,8 @@ def test_a_row_reads_well():
     row = {'part': 'a', 'note': '', 'seconds': 0.5, 'rate': 2.5e6, 'unit': 'rays', 'peak_mib': None, 'ratio': 3.0, 'reference': 'b',
            'bound': 'memory', 'bound_share': 0.25}
     assert bench.format_row(row) == '| a | 500.0 ms | 2.5 Mrays/s |  | b | 3.0 x | memory (25%) |'
+
+
+def test_the_readme_shows_what_was_measured():
+    readme, rows = (bench.ROOT / 'README.md').read_text(), json.loads((bench.ROOT / 'results/bench.json').read_text())['rows']
+    assert len(rows) > 15 and all(bench.format_row(row) in readme for row in rows)
