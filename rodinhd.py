@@ -610,7 +610,7 @@ def render(field, rays_o, rays_d, steps, grid=None, offset=None, background=1.0)
 @torch.no_grad()
 def render_view(field, c2w, intrinsics, height, width, steps, grid=None):
     """An image (height, width, 3) in 0..1 and its opacity (height, width), rendered in chunks of rays."""
-    (rays_o, rays_d), chunk = view_rays(c2w, intrinsics, height, width), max(2 ** 22 // steps, 1)
+    (rays_o, rays_d), chunk = view_rays(c2w, intrinsics, height, width), max(2 ** (20 if c2w.is_cpu else 22) // steps, 1)
     parts = [render(field, o, d, steps, grid)[:2] for o, d in zip(rays_o.split(chunk), rays_d.split(chunk), strict=True)]
     rgb, opacity = (torch.cat(p) for p in zip(*parts, strict=True))
     return rgb.view(height, width, 3).clamp(0, 1), opacity.view(height, width)

@@ -1,10 +1,12 @@
 """Stage 3: a portrait -> an avatar that can be seen from all around.
 
     python sample.py --portrait me.png
+    python sample.py --portrait me.png you.png --count 2        several portraits, two avatars each, in one go
     python sample.py --unconditional --count 4 --seed 7
 
 Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in weights/. Writes samples/<name>/:
-portrait.png (what the model saw), grid.png (each avatar from six sides), turntable.webp and turntable.gif, planes.pt (fp16).
+portrait.png (what the model saw; portrait1.png and so on of further ones), grid.png (each avatar from six sides), turntable.webp and
+turntable.gif, planes.pt (fp16).
 """
 import argparse
 import time
@@ -44,25 +46,25 @@ def main(args):
     if args.count < 1 or args.size < 16 or args.frames < 1 or (args.steps or 1) < 1 or not 0 <= args.eta <= 1:
         rh.stop('--count, --frames and --steps must be at least 1, --size at least 16, --eta between 0 and 1')
     _, _, device = rh.start(args.device, args.seed)
-    portrait = rh.open_image(args.portrait) and args.portrait if args.portrait else None    # a bad file is told before the models load
+    portraits = [path for path in args.portrait or () if rh.open_image(path)]               # a bad file is told before the models load
     models = load_models(args, device)
     config = models['upsample'].config
     if (args.steps or 1) > min(config.base_timesteps, config.up_timesteps):
         rh.stop(f'--steps {args.steps}: the models have {config.base_timesteps} and {config.up_timesteps} timesteps')
-    images = args.count
-    if portrait:
-        image = rh.portrait_on_white(*rh.read_portrait(portrait, config.portrait))
-        images = image.expand(args.count, -1, -1, -1)
+    images = count = args.count * max(len(portraits), 1)
+    if portraits:
+        squares = torch.stack([rh.portrait_on_white(*rh.read_portrait(path, config.portrait)) for path in portraits])
+        images = squares.repeat_interleave(args.count, dim=0)
     began = time.monotonic()
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if args.bf16 is None else args.bf16):
         planes, low = rh.generate(models, images, args.guidance, args.steps, args.eta, args.seed, progress=True)
-    print(f'{args.count} avatar(s) sampled in {time.monotonic() - began:.1f} s')
+    print(f'{count} avatar(s) sampled in {time.monotonic() - began:.1f} s')
 
-    folder = args.out / (args.name or (Path(portrait).stem if portrait else 'unconditional'))
+    folder = args.out / (args.name or (portraits[0].stem if portraits else 'unconditional'))
     folder.mkdir(parents=True, exist_ok=True)
-    columns = -(-args.count // max(1, int(args.count ** 0.5)))          # the turntable tiles the avatars
+    columns = -(-count // max(1, int(count ** 0.5)))                    # the turntable tiles the avatars
     intrinsics, turns = rh.intrinsics_of(34.0, args.size).to(device), []
-    bar = tqdm(total=args.count * args.frames, desc='rendering')
+    bar = tqdm(total=count * args.frames, desc='rendering')
     for p in planes:
         field = rh.PlaneField(p, models['decoder'])
         grid, turn = rh.grid_for(field, config, device, threshold=10 * config.steps / 1024), []     # the paper's: haze is not drawn
@@ -74,11 +76,12 @@ def main(args):
         turns.append(turn)
     rows = [np.concatenate([turn[round(side / 360 * args.frames) % args.frames] for side in SIDES], axis=1) for turn in turns]
     bar.close()
-    if portrait:
-        seen = Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-        seen.save(folder / 'portrait.png')
+    for i, square in enumerate(squares if portraits else ()):
+        seen = Image.fromarray(((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+        seen.save(folder / f'portrait{i or ""}.png')
         seen = np.asarray(seen.resize((args.size, args.size), Image.LANCZOS))
-        rows = [np.concatenate([seen, row], axis=1) for row in rows]
+        for k in range(i * args.count, (i + 1) * args.count):
+            rows[k] = np.concatenate([seen, rows[k]], axis=1)
     Image.fromarray(np.concatenate(rows)).save(folder / 'grid.png')
     blank = np.full_like(turns[0][0], 255)
     turns += [[blank] * args.frames] * (-len(turns) % columns)
@@ -92,9 +95,9 @@ def main(args):
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument('--portrait', type=Path, help='any image of a face, best head and shoulders from the front')
+    what.add_argument('--portrait', type=Path, nargs='+', help='any images of faces, best head and shoulders from the front')
     what.add_argument('--unconditional', action='store_true', help='avatars of nobody')
-    p.add_argument('--count', type=int, default=1, help='how many avatars; avatar i draws its noise from seed + i')
+    p.add_argument('--count', type=int, default=1, help='how many avatars (of each portrait); avatar i draws its noise from seed + i')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--guidance', type=float, help='classifier-free guidance of the base model; 1 is none (default: the preset\'s)')
     p.add_argument('--steps', type=int, help='sampling steps of each model (default: the preset\'s)')

@@ -37,7 +37,8 @@ def walk(tmp_path_factory, data):
         run(train, '--stage', 'base', '--preset', 'tiny', '--set', 'base_steps=4')
         run(train, '--stage', 'upsample', '--preset', 'tiny', '--set', 'up_steps=4')
         run(sample, '--unconditional', '--count', 2, '--frames', 2, '--size', 32)
-        run(sample, '--portrait', 'data/avatar_0000/train/r_000.png', '--frames', 2, '--size', 32, '--name', 'me')
+        run(sample, '--portrait', 'data/avatar_0000/train/r_000.png', 'data/avatar_0001/train/r_000.png', '--count', 2, '--frames', 2,
+            '--size', 32, '--bf16', '--name', 'me')
         run(evaluate, '--views', 2)
         run(evaluate, '--forgetting', 'fits')
     return folder
@@ -53,8 +54,9 @@ def test_the_whole_walk(walk):
     for stage, terms in {'vae': {'l1', 'edges', 'kl'}, 'base': {'mse', 'vlb'}, 'upsample': {'mse', 'pixel', 'perceptual'}}.items():
         line = json.loads((walk / f'runs/{stage}.jsonl').read_text().splitlines()[-1])
         assert line['step'] == 3 and terms < line.keys()
-    assert {p.name for p in (walk / 'samples/me').iterdir()} == {'portrait.png', 'grid.png', 'turntable.webp', 'turntable.gif', 'planes.pt'}
-    assert Image.open(walk / 'samples/me/grid.png').size == (7 * 32, 32)
+    assert {p.name for p in (walk / 'samples/me').iterdir()} == {
+        'portrait.png', 'portrait1.png', 'grid.png', 'turntable.webp', 'turntable.gif', 'planes.pt'}
+    assert Image.open(walk / 'samples/me/grid.png').size == (7 * 32, 4 * 32)                       # two portraits, two avatars each
     assert Image.open(walk / 'samples/unconditional/turntable.gif').n_frames == 2
     table = json.loads((walk / 'results/evaluate.json').read_text())['mean']
     assert table.keys() == {'fitted', 'generated', 'nearest', 'mean'} and {'PSNR', 'SSIM', 'VAE'} <= table['fitted'].keys()
