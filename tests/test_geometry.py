@@ -43,23 +43,40 @@ def test_box_intersection():
     assert near[3] == pytest.approx(0.2) and far[3] == 1                                # from inside: min_near
 
 
-def test_planes_are_xy_xz_yz_with_width_first():
+@pytest.mark.parametrize('C', [2, 12])
+def test_planes_are_xy_xz_yz_with_width_first(C):
     """One plane at a time holds its width coordinate in channel 0 and its height coordinate in channel 1: the pairs (width, height)
     of the point (.1, .2, .3) are (.1, .2), (.1, .3), (.2, .3); the mean over three planes gives a third."""
     ramp = torch.linspace(-1, 1, 16)
     point = torch.tensor([[0.1, 0.2, 0.3]])
     for k, expected in enumerate([(0.1, 0.2), (0.1, 0.3), (0.2, 0.3)]):
-        planes = torch.zeros(3, 2, 16, 16)
+        planes = torch.zeros(3, C, 16, 16)
         planes[k, 0], planes[k, 1] = ramp.expand(16, 16), ramp[:, None].expand(16, 16)
-        assert torch.allclose(3 * rh.sample_planes(planes, point)[0], torch.tensor(expected), atol=1e-6)
+        assert torch.allclose(3 * rh.sample_planes(planes, point)[0, :2], torch.tensor(expected), atol=1e-6)
 
 
-def test_lookup_equals_grid_sample_and_its_gradient():
-    planes = torch.randn(3, 5, 9, 9, dtype=torch.float64, requires_grad=True)
-    points = (torch.rand(200, 3, dtype=torch.float64) * 2 - 1)
+def naive_lookup(planes, points):
+    """sample_planes for one point after the other: the four texels around its projection, by name."""
+    R, out = planes.shape[-1], []
+    for p in points.tolist():
+        total = torch.zeros(planes.shape[1], dtype=planes.dtype)
+        for k, (u, v) in enumerate(((p[0], p[1]), (p[0], p[2]), (p[1], p[2]))):
+            x, y = ((c + 1) / 2 * (R - 1) for c in (u, v))
+            i, j = min(int(x), R - 2), min(int(y), R - 2)
+            for di in (0, 1):
+                for dj in (0, 1):
+                    total = total + planes[k, :, j + dj, i + di] * abs(1 - di - (x - i)) * abs(1 - dj - (y - j))
+        out.append(total / 3)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(('C', 'N'), [(5, 200), (12, 200), (12, 9000)])         # grid_sample; scatter-adds; sort
+def test_lookup_equals_grid_sample_and_its_gradient(C, N):
+    planes = torch.randn(3, C, 9, 9, dtype=torch.float64, requires_grad=True)
+    points = (torch.rand(N, 3, dtype=torch.float64) * 2 - 1)
     points[:2] = torch.tensor([[1.0, 1, 1], [-1, -1, -1]])                              # the corners themselves
     ours, expected = rh.sample_planes(planes, points), grid_sample_planes(planes, points)
-    assert torch.allclose(ours, expected, atol=1e-12)
+    assert torch.allclose(ours, expected, atol=1e-12) and torch.allclose(ours[:50], naive_lookup(planes, points[:50]), atol=1e-12)
     weight = torch.randn_like(ours)
     a, = torch.autograd.grad((ours * weight).sum(), planes)
     b, = torch.autograd.grad((expected * weight).sum(), planes)
@@ -67,9 +84,11 @@ def test_lookup_equals_grid_sample_and_its_gradient():
     assert torch.autograd.gradcheck(lambda p: rh.sample_planes(p, points[:6]), planes)
 
 
-def test_a_plane_gives_nothing_to_points_outside_its_square():
-    planes = torch.ones(3, 1, 4, 4)
-    assert rh.sample_planes(planes, torch.tensor([[0, 0, 1.5]]))[0, 0] == pytest.approx(1 / 3)      # only xy sees it
+@pytest.mark.parametrize('C', [1, 12])
+def test_a_plane_gives_nothing_to_points_outside_its_square(C):
+    planes = torch.ones(3, C, 4, 4)
+    assert torch.allclose(rh.sample_planes(planes, torch.tensor([[0, 0, 1.5]])), torch.tensor(1 / 3))  # only xy sees it
+    assert torch.allclose(rh.sample_planes(planes, torch.tensor([[0, 0, 1.01]])), torch.tensor(1 / 3))
 
 
 def test_roll_out_and_back():
