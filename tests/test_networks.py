@@ -146,7 +146,7 @@ def shaken(net):
 
 
 @pytest.mark.parametrize('build', [rh.BaseUNet, rh.UpsampleUNet])
-def test_networks_use_their_condition_and_cache_it(tiny, build):
+def test_networks_use_their_condition_cache_it_and_compile(tiny, build):
     net, portrait, t = shaken(build(tiny)), portrait_of(tiny), torch.tensor([10.0, 900.0])
     size = tiny.base_resolution if build is rh.BaseUNet else tiny.resolution
     x = torch.randn(2, 3, tiny.channels, size, size)
@@ -159,6 +159,8 @@ def test_networks_use_their_condition_and_cache_it(tiny, build):
     for i, m in enumerate(portrait.maps[:len(net.heights)]):
         other = [torch.randn_like(m) if j == i else n for j, n in enumerate(portrait.maps)]
         assert not torch.allclose(out, net(x, t, portrait._replace(maps=other)), atol=1e-5)
+    net.compile(backend='eager', fullgraph=True)                        # one graph without a break; needs no compiler
+    assert torch.allclose(out, net(x, t, portrait), atol=1e-5)
 
 
 def test_dropping_zeroes_latent_and_maps_together(tiny):
@@ -192,13 +194,3 @@ def test_a_sampled_portrait_is_projected_to_keys_and_values_once(tiny, monkeypat
     rh.sample_stage('base', net, portrait, tiny, guidance=1.0, steps=5)
     cross = [layer for layer in net.modules() if isinstance(layer, rh.Attention) and layer.kv]
     assert len(calls) == len(set(calls)) == len(cross) > 2
-
-
-@pytest.mark.parametrize('build', [rh.BaseUNet, rh.UpsampleUNet])
-def test_networks_compile_without_a_break(tiny, build):
-    net, portrait, t = shaken(build(tiny)), portrait_of(tiny), torch.tensor([10.0, 900.0])
-    size = tiny.base_resolution if build is rh.BaseUNet else tiny.resolution
-    x = torch.randn(2, 3, tiny.channels, size, size)
-    out = net(x, t, portrait)
-    net.compile(backend='eager', fullgraph=True)                        # traces alone: no compiler is needed
-    assert torch.allclose(out, net(x, t, portrait), atol=1e-5)
