@@ -494,9 +494,8 @@ class PlaneField:
 # 6 Volume rendering ---------------------------------------------------------------------------------------------------
 # Rays are marched with a constant step, masked by an occupancy grid: exactly the samples of instant-ngp's skipping marcher, packed
 # (ray_index says whose). A field is any callable field(points (S, 3), dirs (S, 3) or None) -> (sigma (S,), rgb (S, 3) or None).
-EMPTY = 2e-3                            # density of a fog that nobody sees
 T_MIN, W_MIN = 1e-4, 3e-5               # a sample counts if the transmittance before it and its weight are at least these
-BLOCK = 8                               # lattice points that march tests in one go
+EMPTY, BLOCK = 2e-3, 8                  # density of a fog that nobody sees; lattice points that march tests in one go
 
 class OccupancyGrid:
     """Decayed running maximum of the density in cells x, y, z (supplement A; instant-ngp); never shared by ranks or avatars. hull: bool
@@ -643,10 +642,10 @@ def visual_hull(views, G, seen_by=0.0):
     return torch.zeros(G ** 3, dtype=torch.bool).index_fill_(0, alive[count[alive] >= seen_by - 1e-4], True).view(G, G, G)
 
 class Rays:
-    """Random training rays over all views. Half are of pixels within 2 of the silhouette's edge, where most of the error is; the others of
-    pixels within `margin` of the silhouette: what lies further out misses the visual hull and teaches nothing."""
-    def __init__(self, views, device, margin):
-        self.size, self.pixels = views.images.shape[1:3], views.images.view(-1, 4).to(device)      # (V * H * W, 4)
+    """Random training rays over all views. A share `edges` is of pixels within 2 of the silhouette's edge, where most of the error is; the
+    others of pixels within `margin` of the silhouette: what lies further out misses the visual hull and teaches nothing."""
+    def __init__(self, views, device, margin, edges=0.5):
+        self.size, self.edges, self.pixels = views.images.shape[1:3], edges, views.images.view(-1, 4).to(device)
         self.c2w, self.intrinsics = views.c2w.to(device), views.intrinsics.to(device)
         near = [near_silhouette(image, margin) for image in views.images]
         edge = [near_silhouette(image, 2) & near_silhouette(255 - image, 2) for image in views.images]
@@ -655,7 +654,7 @@ class Rays:
 
     def draw(self, n, generator):
         """rays_o, rays_d (n, 3) and colours on white (n, 3)."""
-        device, (height, width), edges = self.pixels.device, self.size, n // 2 if len(self.edge) else 0
+        device, (height, width), edges = self.pixels.device, self.size, int(self.edges * n) if len(self.edge) else 0
         flat = torch.cat([index[torch.randint(len(index), (k,), generator=generator).to(device)]
                           for index, k in ((self.near, n - edges), (self.edge, edges)) if k]).long()
         view, y, x = flat // (height * width), flat // width % height, flat % width
@@ -681,7 +680,7 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
     to average gradients over ranks. report(progress, terms): called every 50 steps."""
     device, generator = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
     reach = 2 * math.sqrt(3) / config.grid * float(views.intrinsics[:, 0].max() / views.c2w[:, :3, 3].norm(dim=-1).min().clamp(min=0.5))
-    rays = Rays(views, device, margin=6 + int(reach))                   # pixels that may see a cell of the hull
+    rays = Rays(views, device, margin=6 + int(reach), edges=0.5 if decoder_optimizer is None else 0.0)     # pixels that may see the hull
     grid = OccupancyGrid(config.grid, config.steps, device, visual_hull(views, config.grid) if views.has_alpha else None)
     began, step, table = time.monotonic(), 0, None
     def data_loss(planes):
@@ -710,7 +709,8 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
             if views.has_alpha:         # generated planes are rendered without a hull: keep empty cells empty
                 cell = torch.randint(config.grid, (4096, 3), generator=generator).to(device)
                 points = (cell + torch.rand(4096, 3, generator=generator).to(device)) * (2 / config.grid) - 1
-                excess = F.relu(torch.log(PlaneField(view, decoder)(points)[0] / EMPTY))
+                sigma = PlaneField(view, decoder)(points)[0]            # a push on log density would harden a decoder in the making
+                excess = F.relu(torch.log(sigma / EMPTY)) if decoder_optimizer is None else 0.2 * torch.log1p(sigma)
                 terms['empty'] = 8 * config.weight_empty * (excess * (grid.values[cell.unbind(1)] < 0)).mean()
         if memory is not None:
             terms['iwc'] = config.weight_iwc * consolidation(decoder, memory)
