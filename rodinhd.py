@@ -492,7 +492,7 @@ class PlaneField:
         return self.decoder(sample_planes(self.density_planes if dirs is None else self.planes, points), dirs)
 
 # 6 Volume rendering ---------------------------------------------------------------------------------------------------
-# Rays are marched with a constant step, masked by an occupancy grid: exactly the samples of instant-ngp's skipping marcher, packed
+# Rays are marched with a constant step, masked by an occupancy grid: the samples of instant-ngp's skipping marcher that matter, packed
 # (ray_index says whose). A field is any callable field(points (S, 3), dirs (S, 3) or None) -> (sigma (S,), rgb (S, 3) or None).
 T_MIN, W_MIN = 1e-4, 3e-5               # a sample counts if the transmittance before it and its weight are at least these
 EMPTY, BLOCK = 2e-3, 8                  # density of a fog that nobody sees; lattice points that march tests in one go
@@ -535,8 +535,8 @@ class OccupancyGrid:
         return torch.cat([c[torch.randint(len(c), quarter, generator=generator).to(c.device)] for c in sets if len(c)]).unique()
 
 def grid_for(field, config, device='cpu', updates=24, seed=0, threshold=EMPTY):
-    """Occupancy grid of a field that no camera has seen, such as generated planes: of all that is not EMPTY, so that nothing visible is
-    skipped (supplement A: 16 full updates, threshold 10). Updates from zero; after four, only of empty cells beside occupied ones."""
+    """Occupancy grid of a field that no camera has seen, such as generated planes: of all that is denser than `threshold`; at EMPTY nothing
+    visible is skipped (supplement A: 16 full updates, 10). Updates from zero; after four, only of empty cells beside occupied ones."""
     grid, generator = OccupancyGrid(config.grid, config.steps, device), torch.Generator().manual_seed(seed)
     grid.density_threshold = threshold
     for i in range(updates):
@@ -602,7 +602,7 @@ def composite(sigma, rgb, t, ray_index, rays, delta, background=1.0):
     return add(weights[:, None] * rgb.float()) + (1 - opacity[:, None]) * background, opacity, add(weights * t)
 
 def render(field, rays_o, rays_d, steps, grid=None, offset=None, background=1.0):
-    """Rays (N, 3) -> rgb (N, 3), opacity (N,), depth (N,) (weighted sum). Only what light reaches (T >= 1e-4) gets colour, gradients."""
+    """Rays (N, 3) -> rgb (N, 3), opacity (N,), depth (N,) (weighted sum). Only what march finds lit gets colour and gradients."""
     ray_index, t, points = march(rays_o, rays_d, steps, grid, offset, field)
     return composite(*field(points, rays_d[ray_index]), t, ray_index, len(rays_o), 2 * math.sqrt(3) / steps, background)
 
