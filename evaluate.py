@@ -1,32 +1,46 @@
-"""Stage 4: how good are the avatars? PSNR, SSIM, LPIPS and the distance of VAE features, at held-out cameras.
+"""Stage 4: how good are the avatars? The papers' metrics at held-out cameras, in one table.
 
-    python evaluate.py                                   avatars of data/: fitted, and generated from their portraits
-    python evaluate.py --data test --train data          generated for avatars that training never saw
-    torchrun --standalone --nproc_per_node=2 evaluate.py
-    python evaluate.py --forgetting fits_once fits_replay    the forgetting curve of runs of fit.py --decoder --watch (Fig. 2)
+    python evaluate.py                                       avatars of data/: fitted, and generated from their portraits
+    python evaluate.py --data test --train data              generated for avatars that training never saw
+    python evaluate.py --guidance 1 1.3 2 3 --steps 10 50    one row for each pair
+    python evaluate.py --disturb photographs                 portraits shifted, scaled, on flat colours or pieces of photographs
+    python evaluate.py --images rodin=folder                 another method's renders, folder/<avatar>/<name of the held-out view>.png
+    python evaluate.py --inception download --clip clip.pt   FID, of Inception and of CLIP features, as well
+    python evaluate.py --judge csim=face.pt expression=e.pt  identity, expression, pose, shape: any TorchScript from image to vector
+    python evaluate.py --consistency 6                       planes and a surface fitted to 36 renders of each of six generated avatars
+    python evaluate.py --unconditional 64                    avatars of nobody: how far from one another and from the training set?
+    torchrun --standalone --nproc_per_node=2 evaluate.py     any of these
 
-Rows of the table: `fitted` (planes in --fits), `generated` (from the portrait), and two baselines that any generator must beat: `nearest`,
-the training avatar with the nearest portrait, and `mean`, the mean of the training planes. Writes results/evaluate.json and .png.
+Rows: `fitted` (planes in --fits), `generated` (from the portrait), and two baselines that any generator must beat: `nearest`, the training
+avatar with the nearest portrait, and `mean`, the mean of the training planes. `front` is the PSNR of the view that is the portrait; FD-VAE
+a Frechet distance of the project's own features, not FID. Writes results/<--name>.json and .png.
 """
 import argparse
 import contextlib
 import copy
+import functools
 import io
+import itertools
 import json
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+import batches
 import rodinhd as rh
 
+# Metrics: of two images (3, H, W) in 0..1 ------------------------------------------------------------------------------
 
 def ssim(a, b):
-    """Structural similarity of images (3, H, W) in 0..1: Gaussian window of 11 pixels, sigma 1.5 (Wang 2004), mean over pixels."""
+    """Structural similarity: Gaussian window of 11 pixels, sigma 1.5 (Wang 2004), mean over pixels."""
     tap = torch.exp(-torch.arange(-5.0, 6.0) ** 2 / (2 * 1.5 ** 2))
     window = (tap[:, None] * tap / tap.sum() ** 2).expand(3, 1, 11, 11)
     def blur(x):
@@ -36,9 +50,8 @@ def ssim(a, b):
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     return float((((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean())
 
-
 def lpips_metric():
-    """LPIPS (AlexNet) of images (3, H, W) in 0..1, or None with one line on stdout where the backbone's weights cannot be had."""
+    """LPIPS (AlexNet), or None with one line on stdout where the backbone's weights cannot be had."""
     import lpips
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -49,152 +62,351 @@ def lpips_metric():
         return None
     return lambda a, b: float(network(a[None] * 2 - 1, b[None] * 2 - 1))
 
-
 def vae_distance(vae):
-    """Mean over the VAE's three maps of the squared difference of channel-normalised features of images (3, H, W) in 0..1. Not LPIPS."""
+    """Mean over the VAE's three maps of the squared difference of channel-normalised features. Not LPIPS."""
     def distance(a, b):
         maps = [vae.features(x[None] * 2 - 1) for x in (a, b)]
         return sum(float((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()) for x, y in zip(*maps)) / 3
     return distance
 
+def vae_feature(vae, image):
+    """The means of the VAE's three maps: (sum of their widths,)."""
+    return torch.cat([y.mean((0, 2, 3)) for y in vae.features(image[None] * 2 - 1)])
+
+def frechet_distance(a, b):
+    """Frechet distance of two sets of features (N, D) and (M, D), each taken for a Gaussian: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
+    (m, A), (n, B) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (a, b))
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T             # A^(1/2); the trace is that of (A^(1/2) B A^(1/2))^(1/2)
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return float((m - n).square().sum() + A.trace() + B.trace() - 2 * cross)
+
+def extractors(args, vae):
+    """{name of a Frechet distance: features of an image (3, H, W) in 0..1 -> (D,)}. FID's networks are torch-fidelity's."""
+    found = {'FD-VAE': functools.partial(vae_feature, vae)}
+    others = (('FID', 'inception-v3-compat', '2048', args.inception), ('FID-CLIP', 'clip-vit-b-32', 'clip', args.clip))
+    for name, kind, feature, path in (other for other in others if other[-1]):
+        try:
+            from torch_fidelity.utils import create_feature_extractor
+            weights = {} if path == 'download' else {'feature_extractor_weights_path': path}
+            network = create_feature_extractor(kind, [feature], cuda=False, **weights)
+        except ImportError:
+            rh.stop(f'{name} needs the torch-fidelity package: pip install torch-fidelity')
+        except Exception as error:      # missing, damaged or not downloadable: many types
+            rh.stop(f'{name}: weights {path!r} of {kind} could not be had ({type(error).__name__}); give the file that torch-fidelity uses')
+        found[name] = lambda image, network=network: network((image[None] * 255).round().byte())[0][0].float()
+    return found
+
+def read_judges(items):
+    """{name: image (3, H, W) in 0..1 -> vector} from NAME=FILE, TorchScript modules that take (1, 3, H, W) in 0..1."""
+    judges = {}
+    for item in items:
+        name, _, path = item.partition('=')
+        try:
+            module = torch.jit.load(path, map_location='cpu').eval()
+        except Exception as error:      # torch.jit raises many types
+            rh.stop(f'--judge {item}: {path!r} is no TorchScript file ({type(error).__name__}); write NAME=FILE, csim=face.pt for instance')
+        judges[name] = lambda image, module=module: module(image[None]).flatten().float()
+    return judges
+
+def judge(judges, ours, truth):
+    """csim: cosine similarity to the truth, and -cross between neighbouring views of our own; others: mean absolute difference."""
+    scores = {}
+    for name, vector in judges.items():
+        a, b = (torch.stack([vector(x) for x in images]) for images in (ours, truth))
+        if name.startswith('csim'):
+            scores[name] = float(F.cosine_similarity(a, b).mean())
+            scores[f'{name}-cross'] = float(F.cosine_similarity(a, a.roll(1, 0)).mean())
+        else:
+            scores[name] = float((a - b).abs().mean())
+    return scores
+
+# Avatars and pictures -------------------------------------------------------------------------------------------------
+
+def load(args, device):
+    """The generator's models, and the decoder of --fits, which may be another one, for what was fitted there."""
+    models = rh.load_models(args.runs, args.fits, device)
+    return models, rh.load_model('decoder', args.fits, device) if (args.fits / 'decoder.pt').exists() else models['decoder']
+
+def some(items, count):
+    """`count` of the items, evenly spread; all of them where there are no more."""
+    return items if not count or len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 def read_planes(path, device):
     return rh.read_checkpoint(path, 'planes', 'python fit.py')['planes'].float().clamp(-1, 1).to(device)
 
+def thumbnail(folder):
+    """The portrait of an avatar on white, (3, 64, 64) in 0..1."""
+    return (rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), 64)) + 1) / 2
 
 class Baselines:
-    """Planes of the training avatar whose portrait is nearest (mean squared difference on white, 64 x 64), and the mean planes."""
+    """The training avatars that have planes, in order of the distance of their portraits from an image; and the mean of their planes."""
 
-    def __init__(self, args, config, device):
-        self.fits, self.device = args.fits, device
+    def __init__(self, args, device):
         self.folders = [f for f in rh.list_avatars(args.train or args.data) if (args.fits / f'{f.name}.pt').exists()]
-        self.portraits = [rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(f), 64)) for f in self.folders]
-        self.mean = sum(read_planes(args.fits / f'{f.name}.pt', device) / len(self.folders) for f in self.folders) if self.folders else None
+        self.planes = [functools.partial(read_planes, args.fits / f'{f.name}.pt', device) for f in self.folders]
+        self.thumbnails = [thumbnail(f) for f in self.folders]
         if not self.folders and dist.get_rank() == 0:
             print(f'{args.fits} holds no planes of {args.train or args.data}: no baselines (fit them with python fit.py)')
 
-    def nearest(self, folder):
-        """An avatar is not its own neighbour; with nobody else there is None."""
-        portrait = rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), 64))
-        others = [(float(F.mse_loss(p, portrait)), f) for p, f in zip(self.portraits, self.folders) if f.name != folder.name]
-        return read_planes(self.fits / f'{min(others)[1].name}.pt', self.device) if others else None
+    @functools.cached_property
+    def mean(self):
+        return sum(planes() / len(self.planes) for planes in self.planes)
 
+    def neighbours(self, image, but=None):
+        """[(mean squared difference from an image (3, 64, 64) in 0..1, index)], nearest first; one named `but` is no neighbour."""
+        return sorted((float(F.mse_loss(t, image)), i) for i, t in enumerate(self.thumbnails) if self.folders[i].name != but)
 
-def load(args, device):
-    """The generator's models, of --runs (with the decoder of --fits) if it was trained there, else of weights/; and the decoder of --fits,
-    which may be another one, for what was fitted there."""
-    weights = Path(__file__).parent / 'weights'
-    trained = any((args.runs / f'{k}.pt').exists() for k in ('base', 'upsample'))
-    models = {k: rh.load_model(k, args.runs if trained else weights, device) for k in ('vae', 'base', 'upsample')}
-    models['decoder'] = rh.load_model('decoder', args.fits if trained else weights, device)
-    fitted = rh.load_model('decoder', args.fits, device) if (args.fits / 'decoder.pt').exists() else models['decoder']
-    return models, fitted
+def see(field, grid, views, config, device):
+    """A field as the cameras of `views` see it: images (V, 3, H, W) in 0..1 and opacities (V, 1, H, W)."""
+    height, width = views.images.shape[1:3]
+    shots = [rh.render_view(field, c.to(device), k.to(device), height, width, config.steps, grid)
+             for c, k in zip(views.c2w, views.intrinsics)]
+    return torch.stack([rgb.cpu().permute(2, 0, 1) for rgb, _ in shots]), torch.stack([opacity.cpu()[None] for _, opacity in shots])
 
+def photograph(planes, decoder, views, device):     # `see` planes, without their hull
+    field = rh.PlaneField(planes, decoder)
+    return see(field, rh.grid_for(field, decoder.config, device), views, decoder.config, device)
+
+def cameras(angles, size):
+    """Views without content at (azimuth, elevation) in degrees, 4 away, 34 degrees wide."""
+    c2w = torch.stack([rh.orbit_pose(*a) for a in angles])
+    images = torch.zeros(len(angles), size, size, 4, dtype=torch.uint8)
+    return rh.Views(images, c2w, rh.intrinsics_of(34.0, size).expand(len(angles), 4), has_alpha=True)
+
+class Sheet:
+    """Strips of pictures of the avatars that came out best and worst, four of each, and what is above their columns."""
+
+    def __init__(self, legend=()):
+        self.strips, self.legend = [], legend                           # strips: (score, name, uint8 image (H, W, 3))
+
+    def add(self, score, name, images):
+        strip = (torch.cat(list(images), dim=2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        self.merge([(score, name, strip)])
+
+    def merge(self, strips):
+        strips = sorted([*self.strips, *strips], key=lambda s: s[:2], reverse=True)
+        self.strips = strips[:4] + strips[max(len(strips) - 4, 4):]
+
+    def save(self, path):
+        strips = [s for _, _, s in self.strips if s.shape == self.strips[0][2].shape]
+        picture = Image.fromarray(np.concatenate(strips))
+        sheet = Image.new('RGB', (picture.width, picture.height + 14), 'white')
+        sheet.paste(picture, (0, 14))
+        for i, word in enumerate(self.legend):
+            ImageDraw.Draw(sheet).text((i * picture.width / len(self.legend) + 3, 1), word, fill='black')
+        sheet.save(path)
+
+def gather(value):
+    """The values of all ranks, a list."""
+    everything = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, value)
+    return everything
+
+def write(args, name, result, sheet):
+    """Writes <out>/<name>.json, and <name>.png if there is a picture."""
+    path = args.out / f'{args.name or name}.json'
+    with rh.atomic(path) as temporary:
+        temporary.write_text(json.dumps({**result, 'seed': args.seed}, indent=1) + '\n')
+    if sheet.strips:
+        with rh.atomic(path.with_suffix('.png')) as temporary:
+            sheet.save(temporary)
+    print(f'written: {path}' + (f', {path.with_suffix(".png")}' if sheet.strips else ''))
+
+# Measurements ---------------------------------------------------------------------------------------------------------
+
+def portrait_view(folder, box):
+    """The training view that is the portrait, as Views; None where the portrait is a file of its own."""
+    paths, portrait = [frame['path'] for frame in rh.read_frames(folder, 'train')[1]], rh.portrait_path(folder)
+    return rh.load_views(folder, 'train', box, pick=paths.index(portrait)) if portrait in paths else None
+
+def read_renders(renders, folder, truth):
+    """Another method's renders of the held-out views of an avatar, as large as the truth (V, 3, H, W)."""
+    split = 'test' if rh.read_frames(folder, 'test')[1] else 'train'
+    paths = [renders / f'{frame["path"].stem}.png' for frame in some(rh.read_frames(folder, split)[1], len(truth))]
+    images = torch.stack([rh.on_white(torch.from_numpy(np.asarray(rh.open_image(path)))).permute(2, 0, 1) for path in paths])
+    return images if images.shape == truth.shape else F.interpolate(images, size=truth.shape[2:], mode='area')
+
+def candidates_for(folder, shown, args, models, fitted_decoder, baselines, device):
+    """{row of the table: (planes, decoder), or a folder of renders} of one avatar; shown: {row: portrait (3, P, P)}."""
+    config, candidates = models['upsample'].config, {name: Path(root) / folder.name for name, root in args.images}
+    if (args.fits / f'{folder.name}.pt').exists():
+        candidates['fitted'] = read_planes(args.fits / f'{folder.name}.pt', device), fitted_decoder
+    settings = list(itertools.product(args.guidance or [config.guidance], args.steps or [config.sample_steps]))
+    for (name, portrait), (guidance, steps) in itertools.product(shown.items(), settings):
+        name = name if len(settings) == 1 else f'{name}, s={guidance:g}, {steps} steps'
+        candidates[name] = rh.generate(models, portrait[None], guidance, steps, seed=args.seed)[0][0], models['decoder']
+    if neighbours := baselines.neighbours(thumbnail(folder), but=folder.name):
+        candidates['nearest'] = baselines.planes[neighbours[0][1]](), fitted_decoder
+        candidates['mean'] = baselines.mean, fitted_decoder
+    return candidates
 
 def evaluate(args, rank, world, device):
     models, fitted_decoder = load(args, device)
-    config = models['upsample'].config
-    distances = {'PSNR': rh.psnr, 'SSIM': ssim, 'LPIPS': lpips_metric(), 'VAE': vae_distance(copy.deepcopy(models['vae']).cpu())}
-    baselines = Baselines(args, config, device)
-    folders = rh.list_avatars(args.data)
-    if args.count and len(folders) > args.count:
-        folders = [folders[i * len(folders) // args.count] for i in range(args.count)]
-    results, pictures = {}, []
+    config, vae = models['upsample'].config, copy.deepcopy(models['vae']).cpu()
+    metrics = {'PSNR': rh.psnr, 'SSIM': ssim, 'LPIPS': lpips_metric(), 'VAE': vae_distance(vae)}
+    photographs = sorted(p for p in args.disturb.iterdir() if p.suffix.lower() in rh.IMAGE_SUFFIXES) if args.disturb else []
+    baselines, folders = Baselines(args, device), some(rh.list_avatars(args.data), args.count)
+    features_of, judges = extractors(args, vae), read_judges(args.judge)
+    results, features, sheet = {}, {}, Sheet()                          # features: {row: {name: one (D,) a view}}
     for folder in tqdm(folders[rank::world], disable=rank > 0, desc='evaluating'):
         box = rh.read_box(folder)
         views = rh.load_views(folder, 'test', box, most=args.views) or rh.load_views(folder, 'train', box, most=args.views)
-        candidates = {}
-        if (args.fits / f'{folder.name}.pt').exists():
-            candidates['fitted'] = read_planes(args.fits / f'{folder.name}.pt', device)
-        portrait = rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), config.portrait))
-        candidates['generated'] = rh.generate(models, portrait[None], args.guidance, args.steps, seed=args.seed)[0][0]
-        candidates['nearest'] = baselines.nearest(folder)
-        candidates['mean'] = baselines.mean
-        height, width = views.images.shape[1:3]
-        truth = [views.rgb(i).permute(2, 0, 1) for i in range(len(views.images))]
-        seen = F.interpolate((portrait[None] + 1) / 2, size=(height, width), mode='area')[0]
-        strip = [] if args.no_truth else [seen, truth[0], truth[-1]]
-        results[folder.name] = {}
-        for name, planes in candidates.items():
-            if planes is None:
-                continue
-            decoder = models['decoder'] if name == 'generated' else fitted_decoder
-            field = rh.PlaneField(planes, decoder)
-            grid = rh.grid_for(field, decoder.config, device)
-            ours = [rh.render_view(field, c.to(device), k.to(device), height, width, decoder.config.steps, grid)[0].cpu().permute(2, 0, 1)
-                    for c, k in zip(views.c2w, views.intrinsics)]
-            results[folder.name][name] = {m: sum(map(f, ours, truth)) / len(truth) for m, f in distances.items() if f}
+        front, (rgb, alpha) = portrait_view(folder, box), rh.read_portrait(rh.portrait_path(folder), config.portrait)
+        shown = {'generated': rh.portrait_on_white(rgb, alpha)}
+        if args.disturb:
+            shown['disturbed'] = batches.disturb(rgb, alpha, photographs, zlib.crc32(folder.name.encode()) + args.seed)
+        truth = torch.stack([rh.on_white(views.images[i]).permute(2, 0, 1) for i in range(len(views.images))])
+        seen = [F.interpolate((p[None] + 1) / 2, size=truth.shape[2:], mode='area')[0] for p in shown.values()]
+        strip, results[folder.name] = [] if args.no_truth else [*seen, truth[0], truth[-1]], {}
+        features.setdefault('truth', []).extend({n: f(x) for n, f in features_of.items()} for x in truth)
+        for name, planes in candidates_for(folder, shown, args, models, fitted_decoder, baselines, device).items():
+            ours = read_renders(planes, folder, truth) if isinstance(planes, Path) else photograph(*planes, views, device)[0]
+            results[folder.name][name] = scores = {m: sum(map(f, ours, truth)) / len(truth) for m, f in metrics.items() if f}
+            scores.update(judge(judges, ours, truth))
+            if front and not isinstance(planes, Path):
+                scores['front'] = rh.psnr(photograph(*planes, front, device)[0][0], rh.on_white(front.images[0]).permute(2, 0, 1))
             strip += [ours[0], ours[-1]]
-        pictures.append(torch.cat(strip, dim=2))
-    gathered, all_pictures = [None] * world, [None] * world
-    dist.all_gather_object(gathered, results)
-    dist.all_gather_object(all_pictures, [p for p in pictures if p.shape == pictures[0].shape][:8])
+            features.setdefault(name, []).extend({n: f(x) for n, f in features_of.items()} for x in ours)
+        sheet.legend = [*([] if args.no_truth else [*shown, 'truth', '']), *(w for n in results[folder.name] for w in (n, ''))]
+        score = next(r['PSNR'] for n, r in results[folder.name].items() if n.startswith('generated'))
+        sheet.add(score, folder.name, strip)
+    features = {row: [view for part in gather(features) for view in part.get(row, [])] for row in features}
+    for part in gather(sheet.strips)[1:]:
+        sheet.merge(part)
+    results = dict(sorted(pair for part in gather(results) for pair in part.items()))
     if rank == 0:
-        report(args, {k: v for part in gathered for k, v in sorted(part.items())}, [p for part in all_pictures for p in part][:8])
+        names = list(dict.fromkeys(n for r in results.values() for n in r))
+        columns = list(dict.fromkeys(m for r in results.values() for scores in r.values() for m in scores))
+        table = {n: {m: float(np.mean(values)) for m in columns if (values := [r[n][m] for r in results.values() if m in r.get(n, {})])}
+                 for n in names}
+        for n, f in itertools.product(names, features_of):
+            table[n][f] = frechet_distance(*(torch.stack([view[f] for view in features[row]]) for row in (n, 'truth')))
+        columns += features_of
+        print(f'{"":28s}' + ''.join(f'{m:>9s}' for m in columns) + f'   mean of {len(results)} avatars')
+        for n in names:
+            print(f'{n:28s}' + ''.join(f'{table[n][m]:9.3f}' if m in table[n] else f'{"-":>9s}' for m in columns))
+        write(args, 'evaluate', {'mean': table, 'avatars': results}, sheet)
 
+class Surface(nn.Module):
+    """A surface model (after NeuS): planes and two small networks give a signed distance d and a colour that is the same from everywhere;
+    density is s sigmoid(-s d). A field, as `render` wants it."""
 
-def report(args, results, pictures):
-    """Prints the table of means, and writes results/evaluate.json and the picture: portrait, two truths, two views of each candidate."""
-    names = [n for n in ('fitted', 'generated', 'nearest', 'mean') if any(n in r for r in results.values())]
-    metrics = [m for m in ('PSNR', 'SSIM', 'LPIPS', 'VAE') if any(m in c for r in results.values() for c in r.values())]
-    table = {n: {m: float(np.mean([r[n][m] for r in results.values() if n in r])) for m in metrics} for n in names}
-    print(f'{"":12s}' + ''.join(f'{m:>9s}' for m in metrics) + f'   mean of {len(results)} avatars')
-    for n in names:
-        print(f'{n:12s}' + ''.join(f'{table[n][m]:9.3f}' for m in metrics))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / 'evaluate.json').write_text(json.dumps({'mean': table, 'avatars': results, 'seed': args.seed}, indent=1))
-    if pictures and len({p.shape for p in pictures}) == 1:
-        image = torch.cat(pictures, dim=1).permute(1, 2, 0).clamp(0, 1)
-        picture = Image.fromarray((image * 255).round().byte().numpy())
-        legend = [*([] if args.no_truth else ['portrait', 'truth', '']), *[w for n in names for w in (n, '')]]
-        sheet = Image.new('RGB', (picture.width, picture.height + 14), 'white')
-        sheet.paste(picture, (0, 14))
-        for i, word in enumerate(legend):
-            ImageDraw.Draw(sheet).text((i * picture.width / len(legend) + 3, 1), word, fill='black')
-        sheet.save(args.out / 'evaluate.png')
-        print(f'written to {args.out}: evaluate.json, evaluate.png')
+    def __init__(self, channels=16, resolution=128, width=32):
+        super().__init__()
+        self.table = nn.Parameter(0.1 * torch.randn(3, resolution, resolution, channels))          # planes, channels-last
+        self.distance = nn.Sequential(nn.Linear(channels, width), nn.Softplus(), nn.Linear(width, 1 + width))
+        self.colour = nn.Sequential(nn.Linear(channels + width, width), nn.ReLU(), nn.Linear(width, 3), nn.Sigmoid())
+        self.log_s = nn.Parameter(torch.tensor(3.0))
 
+    def signed_distance(self, points):      # the sphere of radius 0.5, and what is learned; features (N, channels + width)
+        features = rh.sample_planes(self.table.permute(0, 3, 1, 2), points)
+        d, hidden = self.distance(features).split([1, self.distance[2].out_features - 1], dim=1)
+        return points.norm(dim=1) - 0.5 + 0.3 * d[:, 0], torch.cat([features, hidden], dim=1)
 
-def forgetting(args):
-    """PSNR of the first avatar's planes under the decoder as it goes on to others, of several runs: a line plot and its numbers."""
-    curves = {}
-    for folder in args.forgetting:
-        try:
-            lines = [json.loads(line) for line in (folder / 'decoder.jsonl').read_text().splitlines()]
-            curves[str(folder)] = [r['first_avatar_psnr'] for r in lines]
-            curves[str(folder)][0]
-        except (OSError, ValueError, KeyError, IndexError):
-            rh.stop(f'{folder}/decoder.jsonl: not a log of fit.py --decoder --watch')
-    W, H, left, colours = 720, 360, 50, ('#c0392b', '#2060b0', '#208040', '#806010')
-    low, high = (f(v for c in curves.values() for v in c) for f in (min, max))
-    low, high = low - 1, high + 1
-    image = Image.new('RGB', (W, H), 'white')
-    draw = ImageDraw.Draw(image)
-    for dB in range(int(low) + 1, int(high) + 1, 2):
-        y = H - 40 - (dB - low) / (high - low) * (H - 60)
-        draw.line([(left, y), (W - 10, y)], fill='#dddddd')
-        draw.text((8, y - 6), f'{dB} dB', fill='black')
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = colours[i % len(colours)]
-        points = [(left + (k + 1) / len(curve) * (W - left - 10), H - 40 - (v - low) / (high - low) * (H - 60))
-                  for k, v in enumerate(curve)]
-        draw.line(points, fill=colour, width=3)
-        draw.text((W - 160, 10 + 14 * i), name, fill=colour)
-    draw.text((left, H - 26), 'training of the decoder, share of its steps, 0 to 1; PSNR of the first avatar', fill='black')
-    args.out.mkdir(parents=True, exist_ok=True)
-    image.save(args.out / 'forgetting.png')
-    (args.out / 'forgetting.json').write_text(json.dumps(curves))
-    print(f'written to {args.out}: forgetting.json, forgetting.png')
+    def __call__(self, points, dirs=None):
+        d, features = self.signed_distance(points)
+        s = self.log_s.exp()
+        return s * torch.sigmoid(-s * d), None if dirs is None else self.colour(features)
 
+    def eikonal(self, points, step=1e-2):   # mean (|gradient| - 1)^2 by central differences
+        ends = torch.cat([points + sign * step * axis for axis in torch.eye(3, device=points.device) for sign in (1, -1)])
+        plus, minus = self.signed_distance(ends)[0].view(3, 2, -1).unbind(1)
+        return ((((plus - minus) / (2 * step)).square().sum(0) + 1e-12).sqrt() - 1).square().mean()
+
+def fit_surface(views, config, device, seed=0):
+    """Surface fitted to views, and its occupancy grid."""
+    torch.manual_seed(seed)
+    surface, rays = Surface(config.channels, config.resolution).to(device), rh.Rays(views, device, margin=6)
+    grid = rh.OccupancyGrid(config.grid, config.steps, device, rh.visual_hull(views, config.grid))
+    optimizer, generator = torch.optim.Adam(surface.parameters(), betas=(0.9, 0.99)), torch.Generator().manual_seed(seed)
+    for step in range(config.fit_steps):
+        for group in optimizer.param_groups:
+            group['lr'] = 1e-2 * 0.05 ** (step / config.fit_steps)
+        if step % 16 == 0:
+            grid.update(surface, generator, None if step < 256 else grid.some_cells(generator))
+        rays_o, rays_d, target = rays.draw(config.rays, generator)
+        shift = torch.rand(len(rays_o), generator=generator).to(device)
+        loss = F.mse_loss(rh.render(surface, rays_o, rays_d, config.steps, grid, shift)[0], target)
+        loss = loss + 1e-3 * surface.eikonal(2 * torch.rand(512, 3, generator=generator).to(device) - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return surface, grid
+
+def consistency(args, rank, world, device):
+    """Are the views of a generated avatar those of one solid thing (Table 3)? PSNR of 6 views after fitting to 36 others: fresh planes; a
+    surface; and a surface to views that were sharpened one by one, which are not of one thing and must come out worse."""
+    models, _ = load(args, device)
+    decoder, config = models['decoder'], models['decoder'].config
+    train = cameras([(30 * i + 10 * j, -15 + 22 * j) for j in range(3) for i in range(12)], config.portrait)
+    test = cameras([(15 + 60 * i, 25 * (i % 2) - 4) for i in range(6)], config.portrait)
+    scores, sheet = {}, Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
+    for folder in tqdm(some(rh.list_avatars(args.data), args.consistency)[rank::world], disable=rank > 0, desc='consistency'):
+        portrait = rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), models['upsample'].config.portrait))
+        planes = rh.generate(models, portrait[None], seed=args.seed)[0][0]
+        sharp = ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)
+        def shots(views, sharpen, planes=planes, sharp=sharp):          # (V, 3, H, W) on white, and as Views with alpha
+            rgb, alpha = photograph(planes, decoder, views, device)
+            pixels = [Image.fromarray(x.permute(1, 2, 0).mul(255).round().byte().numpy()) for x in rgb]
+            pixels = np.stack([np.asarray(x.filter(sharp) if sharpen else x) for x in pixels])
+            rgb = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+            straight = torch.where(alpha > 0, (rgb - 1 + alpha) / alpha.clamp(min=1e-3), 0.0)
+            images = (torch.cat([straight, alpha], dim=1).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+            return rgb, views._replace(images=images)
+        plain, sharpened = shots(train, False)[1], shots(train, True)[1]
+        truth, sharp_truth = shots(test, False)[0], shots(test, True)[0]
+        fresh, _, _ = rh.fit_avatar(plain, decoder.start, decoder, config, steps=config.fit_steps, seed=args.seed)
+        ours = {'planes': (photograph(fresh, decoder, test, device)[0], truth)}
+        for name, views, target in (('surface', plain, truth), ('sharpened', sharpened, sharp_truth)):
+            surface, grid = fit_surface(views, config, device, args.seed)
+            ours[name] = see(surface, grid, test, config, device)[0], target
+        scores[folder.name] = {name: sum(map(rh.psnr, *pair)) / len(truth) for name, pair in ours.items()}
+        strip = [truth[0], ours['planes'][0][0], ours['surface'][0][0], sharp_truth[0], ours['sharpened'][0][0]]
+        sheet.add(scores[folder.name]['surface'], folder.name, strip)
+    for part in gather(sheet.strips)[1:]:
+        sheet.merge(part)
+    scores = dict(sorted(pair for part in gather(scores) for pair in part.items()))
+    if rank == 0:
+        mean = {name: float(np.mean([r[name] for r in scores.values()])) for name in ('planes', 'surface', 'sharpened')}
+        for avatar, row in {**scores, 'mean': mean}.items():
+            print(f'{avatar:28s}' + ''.join(f'  {name} {v:6.2f} dB' for name, v in row.items()))
+        write(args, 'consistency', {'mean': mean, 'avatars': scores}, sheet)
+
+def unconditional(args, rank, world, device):
+    """Avatars of nobody: PSNR of frontal views, 64 x 64, between each and its nearest other, and its nearest training avatar, beside the
+    same of training avatars among themselves. The picture shows samples, each with its three nearest training avatars, refitted."""
+    models, fitted_decoder = load(args, device)
+    baselines, front, samples = Baselines(args, device), cameras([(0, 0)], models['vae'].config.portrait // 2), []
+    for i in tqdm(range(rank, args.unconditional, world), disable=rank > 0, desc='unconditional'):
+        planes = rh.generate(models, 1, seed=args.seed + i)[0][0]
+        samples.append((i, photograph(planes, models['decoder'], front, device)[0][0]))
+    images = [image for _, image in sorted((pair for part in gather(samples) for pair in part), key=lambda pair: pair[0])]
+    if rank == 0:
+        sheet, small = Sheet(['sample', 'nearest', 'second', 'third']), [F.interpolate(x[None], size=64, mode='area')[0] for x in images]
+        near = [baselines.neighbours(x)[:3] for x in small]
+        def dB(distances):                  # of nearest neighbours: their PSNR, median
+            return float(np.median([-10 * math.log10(max(d, 1e-10)) for d in distances]))
+        result = {
+            'samples': len(images), 'sample_to_sample': dB([min(float(F.mse_loss(a, b)) for b in small if b is not a) for a in small]),
+            'sample_to_training': dB([n[0][0] for n in near]),
+            'training_to_training': dB([baselines.neighbours(t, f.name)[0][0] for t, f in zip(baselines.thumbnails, baselines.folders)])}
+        for image, neighbours in zip(images, near):
+            others = [photograph(baselines.planes[i](), fitted_decoder, front, device)[0][0] for _, i in neighbours]
+            sheet.add(neighbours[0][0], '', [image, *others])
+        for k, v in result.items():
+            print(f'{k:28s}{v:9.2f}')
+        write(args, 'unconditional', result, sheet)
 
 def main(args):
     rank, world, device = rh.start(args.device, args.seed)
-    if args.views < 1 or (args.count or 1) < 1 or not 1 <= (args.steps or 1) <= 100:
-        rh.stop('--views and --count must be at least 1, --steps 1 to 100')
-    if args.forgetting:
-        return forgetting(args)
-    evaluate(args, rank, world, device)
-
+    counts = (args.views, args.count, args.consistency, args.unconditional, *(args.steps or ()))
+    if min(1 if c is None else c for c in counts) < 1 or max(args.steps or [1]) > 100:
+        rh.stop('--views, --count, --consistency and --unconditional must be at least 1, --steps 1 to 100')
+    args.images = [item.partition('=')[::2] for item in args.images]
+    if args.disturb and not args.disturb.is_dir():
+        rh.stop(f'--disturb {args.disturb}: no such folder; give one with photographs, or an empty one for flat colours alone')
+    (consistency if args.consistency else unconditional if args.unconditional else evaluate)(args, rank, world, device)
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,16 +415,22 @@ def parse(argv=None):
     p.add_argument('--fits', type=Path, default=Path('fits'))
     p.add_argument('--runs', type=Path, default=Path('runs'))
     p.add_argument('--out', type=Path, default=Path('results'))
+    p.add_argument('--name', help='of the files written (default: what is measured)')
     p.add_argument('--count', type=int, help='only this many avatars, evenly spread')
     p.add_argument('--views', type=int, default=6, help='held-out views of each')
     p.add_argument('--no-truth', action='store_true', help='a picture without the data set\'s own images')
-    p.add_argument('--guidance', type=float)
-    p.add_argument('--steps', type=int)
-    p.add_argument('--forgetting', type=Path, nargs='+', metavar='FITS')
+    p.add_argument('--guidance', type=float, nargs='+', help='of the base model (default: the preset\'s)')
+    p.add_argument('--steps', type=int, nargs='+', help='sampling steps of each model (default: the preset\'s)')
+    p.add_argument('--disturb', type=Path, metavar='FOLDER', help='also portraits shifted, scaled, on other backgrounds')
+    p.add_argument('--images', nargs='+', default=[], metavar='NAME=FOLDER', help='also renders of others, FOLDER/<avatar>/<view>.png')
+    p.add_argument('--inception', metavar='FILE', help='FID: weights of torch-fidelity\'s Inception, or `download`')
+    p.add_argument('--clip', metavar='FILE', help='FID of CLIP ViT-B/32 features: its weights, or `download`')
+    p.add_argument('--judge', nargs='+', default=[], metavar='NAME=FILE', help='TorchScript; csim... by cosine, others by difference')
+    p.add_argument('--consistency', type=int, metavar='N', help='instead: do the views of N generated avatars agree?')
+    p.add_argument('--unconditional', type=int, metavar='N', help='instead: how distinct are N avatars of nobody?')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--device', help='cuda where there is one, else cpu')
     return p.parse_args(argv)
-
 
 if __name__ == '__main__':
     main(parse())

@@ -1,14 +1,16 @@
 """Stage 1: posed images -> triplanes and the decoder that they share (section 3.1, Algorithm 1).
 
     python fit.py --decoder                                    the decoder, on a subset of the avatars (task replay + IWC)
+    python fit.py --decoder --init weights                     the same, beginning with the decoder that ships
     python fit.py                                              planes of all avatars under the frozen decoder
     torchrun --standalone --nproc_per_node=8 fit.py ...        one avatar a GPU at a time; several machines: torchrun --nnodes
     python fit.py --decoder --data lego --downscale 2 --seconds 200     one scene in NeRF-synthetic format with its own decoder
 
-Reads data/<id>/, writes fits/decoder.pt and fits/<id>.pt (fp16 planes). Finished avatars are skipped, so the same command goes on after
-an interruption. Both print the PSNR of held-out views, and write it to fits/decoder.json and fits/fit.json.
+Reads data/<id>/, writes fits/decoder.pt, fits/<id>.pt (fp16 planes), and the PSNR of held-out views in decoder.json and fit.json. The same
+command goes on after an interruption.
 """
 import argparse
+import contextlib
 import json
 import shutil
 import zlib
@@ -20,6 +22,9 @@ from tqdm import tqdm
 
 import rodinhd as rh
 
+SETTINGS = ('resolution', 'base_resolution', 'grid', 'steps', 'fit_steps', 'rays', 'lr_planes', 'weight_tv', 'weight_l2',
+            'weight_empty', 'rescale')                                          # that an avatar's planes depend on
+
 
 def load(folder, args):
     """Training views, held-out views (or None) and box of an avatar."""
@@ -27,11 +32,10 @@ def load(folder, args):
     return rh.load_views(folder, 'train', box, args.downscale), rh.load_views(folder, 'test', box, args.downscale, args.held_out), box
 
 @torch.no_grad()
-def new_planes(config, decoder, generator):
-    """Planes (3, C, R/4, R/4) where an avatar's fit starts: 0.1 N(0, 1), around the smallest density feature that the decoder takes for a
-    light fog (sigma 1 to 5). Around zero, a trained decoder sees thin air or a wall, and there is no gradient in either."""
-    r, C, D = config.resolution // 4, config.channels, config.channels // 4
-    device = next(decoder.parameters()).device
+def new_planes(decoder, generator):
+    """Planes (3, C, R/4, R/4) where the first visit to an avatar starts: 0.1 N(0, 1), around the smallest density feature that the decoder
+    takes for a light fog (sigma 1 to 5). Around zero, a trained decoder sees thin air or a wall, and there is no gradient in either."""
+    (_, C, r, _), D, device = decoder.start.shape, decoder.density_channels, decoder.start.device
     features = torch.zeros(2 ** 14, C)
     features[:, -D:] = (2 * torch.rand(2 ** 14, D, generator=generator) - 1) * torch.linspace(0, 1, 2 ** 14)[:, None]
     sigma = decoder(features.to(device))[0].cpu()
@@ -52,9 +56,9 @@ def average_gradients(parameters, active=True):
 
 def held_out_psnr(field, views, config, grid):
     """PSNR of each held-out view, a list."""
-    height, width = views.images.shape[1:3]
-    return [rh.psnr(rh.render_view(field, views.c2w[i].to(grid.values.device), views.intrinsics[i].to(grid.values.device),
-                                   height, width, config.steps, grid)[0].cpu(), views.rgb(i)) for i in range(len(views.images))]
+    (height, width), device = views.images.shape[1:3], grid.values.device
+    return [rh.psnr(rh.render_view(field, c2w.to(device), k.to(device), height, width, config.steps, grid)[0].cpu(), rh.on_white(image))
+            for image, c2w, k in zip(views.images, views.c2w, views.intrinsics)]
 
 def visit_psnr(saved, views, decoder, config):
     """held_out_psnr of an avatar as its last visit left it ('visit' checkpoint), under the decoder of this moment."""
@@ -68,12 +72,20 @@ def fingerprint(decoder):
     """A number that tells decoders apart: planes mean nothing under another one."""
     return zlib.crc32(b''.join(p.detach().cpu().numpy().tobytes() for p in decoder.parameters()))
 
-def write_planes(path, planes, box, config, decoder, scores):
-    """One avatar's file: planes and low-resolution planes in fp16, box, held-out PSNR."""
-    half = planes.cpu().contiguous().half()
-    rh.write_checkpoint(path, 'planes', {
-        'planes': half, 'low': rh.resize_planes(planes.cpu(), config.base_resolution).half(),
-        'centre': box[0], 'half': box[1], 'psnr': scores, 'decoder': fingerprint(decoder)})
+def write_planes(path, planes, box, config, decoder, scores, settings):
+    """One avatar's file: planes and low-resolution planes in fp16, box, held-out PSNR, and what it was fitted with."""
+    low, planes = rh.resize_planes(planes.cpu(), config.base_resolution), planes.cpu().contiguous()
+    rh.write_checkpoint(path, 'planes', {'planes': planes.half(), 'low': low.half(), 'centre': box[0], 'half': box[1],
+                                         'psnr': scores, 'decoder': fingerprint(decoder), 'settings': settings})
+
+def finished(path, decoder, settings):
+    """The content of an avatar's file if it was fitted under this decoder; stops if that was with other settings."""
+    saved = rh.read_checkpoint(path, 'planes') if path.exists() else {}
+    if saved.get('decoder') != fingerprint(decoder):
+        return None
+    if differing := [k for k in settings if settings[k] != saved['settings'].get(k)]:
+        rh.stop(f'{path}: was fitted with other settings ({", ".join(differing)}); delete it, or give another folder with --fits')
+    return saved
 
 def summary(args, name, scores):
     """Gathers {avatar: held-out PSNRs} of all ranks; rank 0 prints the table and writes it as JSON."""
@@ -81,11 +93,11 @@ def summary(args, name, scores):
     dist.all_gather_object(gathered, scores)
     if dist.get_rank() == 0:
         table = {k: sum(v) / len(v) for part in gathered for k, v in sorted(part.items()) if v}
-        for key, value in table.items():
-            print(f'{key:32s} {value:6.2f} dB')
+        print(*(f'{key:32s} {value:6.2f} dB' for key, value in table.items()), sep='\n')
         if table:
             print(f'{"mean held-out PSNR":32s} {sum(table.values()) / len(table):6.2f} dB over {len(table)} avatars')
-        (args.fits / f'{name}.json').write_text(json.dumps({'psnr': table}, indent=1))
+        with rh.atomic(args.fits / f'{name}.json') as temporary:
+            temporary.write_text(json.dumps({'psnr': table}, indent=1))
 
 def fit_decoder(args, config, rank, world, device):
     """Task replay: outer rounds of short visits, one avatar a rank; the decoder's gradients are averaged over the ranks (Algorithm 1)."""
@@ -94,18 +106,20 @@ def fit_decoder(args, config, rank, world, device):
     folders = [folders[i * len(folders) // count] for i in range(count)]        # spread, so that neighbours in name do not crowd it
     outer, inner = (config.outer, config.inner) if count > 1 else (1, config.outer * config.inner)     # one avatar cannot be forgotten
     rounds = -(-count // world)
-    folder, config_dict = args.fits / 'decoder-state', {**vars(config), 'seed': args.seed, 'downscale': args.downscale}
+    folder, config_dict = args.fits / 'decoder-state', {
+        **vars(config), 'seed': args.seed, 'downscale': args.downscale, 'seconds': args.seconds, 'init': str(args.init), 'ranks': world,
+        'avatars': [path.name for path in folders]}
     if (args.fits / 'decoder.pt').exists() and not folder.exists() and rh.load_model('decoder', args.fits, device).config == config:
         return print(f'{args.fits}/decoder.pt is trained with these settings already; delete it to train again')
-
     decoder = rh.Decoder(config).to(device)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=config.lr_decoder, betas=(0.9, 0.99), eps=1e-15,
-                                 weight_decay=config.weight_decay)
+    if args.init:
+        decoder.load_state_dict(rh.load_model('decoder', args.init, device).state_dict())
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=config.lr_decoder, betas=(0.9, 0.99), eps=1e-15, weight_decay=config.weight_decay)
     begin, history = 0, []
     if (folder / 'state.pt').exists():                                          # an interrupted run: go on after its last round
         state = rh.read_checkpoint(folder / 'state.pt', 'decoder-state')
-        if state['config'] != config_dict or state['world'] != world:
-            rh.stop(f'{folder}: an interrupted run with other settings or ranks; delete the folder to start anew')
+        if differing := [k for k in config_dict if config_dict[k] != state['config'].get(k)]:
+            rh.stop(f'{folder}: an interrupted run with other settings ({", ".join(differing)}); delete the folder to start anew')
         decoder.load_state_dict(state['decoder'])
         optimizer.load_state_dict(state['optimizer'])
         begin, history = state['done'], state['history']
@@ -120,10 +134,10 @@ def fit_decoder(args, config, rank, world, device):
             path = folder / str(e % 2) / f'{folders[place].name}.pt'            # two sets in turn: a repeated round finds what it read
             views, _, _ = load(folders[place], args)
             saved = rh.read_checkpoint(folder / str((e - 1) % 2) / path.name, 'visit') if e else None
-            planes = saved['planes'] if saved else new_planes(config, decoder, torch.Generator().manual_seed(args.seed + place))
-            memory = saved['memory'] if saved and config.weight_iwc else None
-            if memory:
-                memory = {k: {m: v.to(device) for m, v in d.items()} for k, d in memory.items()}
+            first = decoder.start.clone() if args.init else new_planes(decoder, torch.Generator().manual_seed(args.seed + place))
+            planes = saved['planes'] if saved else first
+            memory = saved['memory'] if saved and config.weight_iwc else {}
+            memory = {k: {m: v.to(device) for m, v in d.items()} for k, d in memory.items()} or None
             terms = {}
             def report(done, t, terms=terms, name=folders[place].name):
                 terms.update(t)
@@ -134,9 +148,11 @@ def fit_decoder(args, config, rank, world, device):
                 sync=lambda: average_gradients(decoder.parameters()), report=report)
             rh.write_checkpoint(path, 'visit', {'planes': planes.cpu(), 'memory': memory, 'grid': grid.values.cpu()})
         else:                                                                   # more ranks than avatars: keep step with the others
+            finite = rh.Finite('decoder')
             for _ in range(inner):
                 average_gradients(decoder.parameters(), active=False)
-                optimizer.step()
+                if finite(*(p.grad for p in decoder.parameters())):
+                    optimizer.step()
             optimizer.zero_grad()
         dist.barrier()
         if rank == 0:
@@ -145,30 +161,31 @@ def fit_decoder(args, config, rank, world, device):
             if args.watch:
                 record['first_avatar_psnr'] = watch(folders[0], folder / str(e % 2), decoder, config, args)
             history.append(record)
-            rh.write_checkpoint(folder / 'state.pt', 'decoder-state', {
-                'config': config_dict, 'world': world, 'done': n + 1, 'decoder': decoder.state_dict(),
-                'optimizer': optimizer.state_dict(), 'history': history})
+            rh.write_checkpoint(folder / 'state.pt', 'decoder-state', {'config': config_dict, 'done': n + 1, 'history': history,
+                                'decoder': decoder.state_dict(), 'optimizer': optimizer.state_dict()})
         bar.update()
     bar.close()
-
     if rank == 0:
+        visits = (rh.read_checkpoint(folder / str((outer - 1) % 2) / f'{path.name}.pt', 'visit')['planes'] for path in folders)
+        decoder.start = sum(rh.resize_planes(planes, config.resolution // 4) for planes in visits).to(device) / count
         rh.write_model(args.fits / 'decoder.pt', 'decoder', config, decoder.state_dict(), outer * rounds)
-        (args.fits / 'decoder.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in history))
+        with rh.atomic(args.fits / 'decoder.jsonl') as temporary:
+            temporary.write_text(''.join(json.dumps(r) + '\n' for r in history))
     scores = {}
     for path in folders[rank::world]:
         _, held_out, box = load(path, args)
         saved = rh.read_checkpoint(folder / str((outer - 1) % 2) / f'{path.name}.pt', 'visit')
         scores[path.name] = visit_psnr(saved, held_out, decoder, config) if held_out else []
         if count == 1:                                                          # a lone scene is done: its decoder is its own
-            write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, decoder, scores[path.name])
+            write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, decoder, scores[path.name], config_dict)
     summary(args, 'decoder', scores)
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    if rank == 0:                                                               # at once: half of it would be taken for another run
+        shutil.rmtree(done := folder.with_name('.decoder-state.done'), ignore_errors=True)
+        shutil.rmtree(folder.rename(done), ignore_errors=True)
 
 def watch(path, folder, decoder, config, args):
     """PSNR of the first avatar's planes, as they stand, under the decoder of this moment: the forgetting curve (Fig. 2)."""
-    saved = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit')
-    box = rh.read_box(path)
+    saved, box = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit'), rh.read_box(path)
     views = rh.load_views(path, 'test', box, args.downscale, 2) or rh.load_views(path, 'train', box, args.downscale, 2)
     scores = visit_psnr(saved, views, decoder, config)
     return sum(scores) / len(scores)
@@ -176,24 +193,28 @@ def watch(path, folder, decoder, config, args):
 def fit_planes(args, config, rank, world, device):
     """Second stage: the decoder is frozen, avatars are independent, each rank takes every world-th; finished ones are skipped."""
     decoder = rh.load_model('decoder', args.fits, device)
-    trained = decoder.config
-    if (trained.channels, trained.decoder_width) != (config.channels, config.decoder_width):
+    if ((trained := decoder.config).channels, trained.decoder_width) != (config.channels, config.decoder_width):
         rh.stop(f'{args.fits}/decoder.pt was trained with preset {trained.preset} ({trained.channels} channels); '
                 f'use --preset {trained.preset}, or run fit.py --decoder again')
     scores, folders = {}, rh.list_avatars(args.data)[:args.count]
+    settings = {**{k: getattr(config, k) for k in SETTINGS}, 'seed': args.seed, 'downscale': args.downscale, 'seconds': args.seconds}
     bar = tqdm(folders[rank::world], disable=rank > 0, desc='avatars')
     for folder in bar:
         path = args.fits / f'{folder.name}.pt'
-        if path.exists() and (saved := rh.read_checkpoint(path, 'planes')).get('decoder') == fingerprint(decoder):
-            scores[folder.name] = saved['psnr']
-            continue
-        views, held_out, box = load(folder, args)
-        planes, grid, _ = rh.fit_avatar(
-            views, new_planes(config, decoder, torch.Generator().manual_seed(args.seed)), decoder, config, seed=args.seed,
-            steps=None if args.seconds else config.fit_steps, seconds=args.seconds,
-            report=lambda done, t, name=folder.name: bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
-        scores[folder.name] = held_out_psnr(rh.PlaneField(planes, decoder), held_out, config, grid) if held_out else []
-        write_planes(path, planes, box, config, decoder, scores[folder.name])
+        with rh.claim(path) as mine:
+            if not mine:
+                bar.write(f'{folder.name}: left to another process, which is fitting it')
+                continue
+            if saved := finished(path, decoder, settings):
+                scores[folder.name] = saved['psnr']
+                continue
+            views, held_out, box = load(folder, args)
+            planes, grid, _ = rh.fit_avatar(
+                views, decoder.start, decoder, config, seed=args.seed,
+                steps=None if args.seconds else config.fit_steps, seconds=args.seconds,
+                report=lambda done, t, name=folder.name: bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
+            scores[folder.name] = held_out_psnr(rh.PlaneField(planes, decoder), held_out, config, grid) if held_out else []
+            write_planes(path, planes, box, config, decoder, scores[folder.name], settings)
     summary(args, 'fit', scores)
 
 def main(args):
@@ -203,13 +224,15 @@ def main(args):
         rh.stop('--downscale, --held-out, --count and --seconds must be positive')
     if args.seconds and world > 1 and args.decoder:
         rh.stop('--seconds with --decoder needs one rank: ranks must agree on the number of steps')
-    args.fits.mkdir(parents=True, exist_ok=True)
-    (fit_decoder if args.decoder else fit_planes)(args, config, rank, world, device)
-    dist.barrier()
+    with contextlib.nullcontext(True) if rank or not args.decoder else rh.claim(args.fits / 'decoder.pt') as mine:
+        mine or rh.stop(f'{args.fits}/decoder.pt: another process is training it')
+        (fit_decoder if args.decoder else fit_planes)(args, config, rank, world, device)
+        dist.barrier()
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--decoder', action='store_true', help='train the shared decoder on a subset, instead of all planes')
+    p.add_argument('--init', type=Path, metavar='FOLDER', help='with --decoder: go on from the decoder.pt of another folder (weights)')
     p.add_argument('--preset', default='small', choices=rh.PRESETS)
     p.add_argument('--data', type=Path, default=Path('data'), help='folder of avatars, or one avatar')
     p.add_argument('--fits', type=Path, default=Path('fits'))

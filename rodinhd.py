@@ -15,7 +15,9 @@ import functools
 import json
 import math
 import os
+import sys
 import time
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -69,7 +71,11 @@ class Config:
     base_blocks: int = 3
     base_attention: tuple = (32, 16, 8)  # at these plane heights, to the portrait maps y1, y2, y3 in this order
     base_aware: tuple = (128,)          # plane heights with 3D-aware convolution
+    roll_out: int = 1                   # 0: the base network sees the planes as channels, and has no 3D-aware convolution
+    tokens: str = 'multi'               # what the base network attends to: multi (y1, y2, y3), single (y3), none (pooled latent alone)
+    positions: int = 0                  # 1: tokens and the texels that attend carry a fixed encoding of where they are
     head_width: int = 64
+    base_schedule: str = 'cosine'       # of the paper; linear is DDPM's
     base_timesteps: int = 1000
     base_predict: str = 'noise'         # or x_start, which learns within hours where noise takes days: `small` and `tiny`
     up_width: int = 128
@@ -77,8 +83,10 @@ class Config:
     up_blocks: int = 2
     up_body: int = 3                    # [Res, CrossAttn, Res] times this
     up_head_width: int = 32
+    up_aware: int = 1                   # 0: plain convolution in place of 3D-aware
+    up_degrade: int = 1                 # 0: no condition augmentation
+    up_schedule: str = 'sigmoid'
     up_timesteps: int = 100
-    up_recompute: int = 1               # 1: activations are recomputed in the backward pass (training of 512 x 512 planes needs it)
     condition_drop: float = 0.2         # share of the portraits that training replaces by the null condition
     sample_steps: int = 10
     guidance: float = 1.3
@@ -94,26 +102,26 @@ class Config:
     final_lr: float = 1.0               # below 1: warm-up, then a cosine down to this share of the learning rate
     ema: float = 0.9999
     patch: int = 64                     # side of the rendered patch of the image-level loss
-    patches: int = 1                    # samples of a batch that get the image-level loss
+    patches: int = 32                   # samples of a batch that get the image-level loss; 0: none
     patch_grid_updates: int = 16
     perceptual: str = 'vgg'             # network of the image-level loss: vgg (through lpips) or vae (the project's own encoder)
 
+CHOICES = {'base_predict': ('noise', 'x_start'), 'tokens': ('multi', 'single', 'none'), 'perceptual': ('vgg', 'vae'),
+           **dict.fromkeys(('base_schedule', 'up_schedule'), ('cosine', 'sigmoid', 'linear')),
+           **dict.fromkeys(('positions', 'roll_out', 'up_aware', 'up_degrade'), ('0', '1'))}
 PRESETS = {'paper': {},
-    'small': dict(
-        channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250, outer=6,
-        fit_steps=1500, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3, rescale=0.25, vae_widths=(16, 32, 64, 64),
+    'small': dict(channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250,
+        outer=6, fit_steps=1500, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3, rescale=0.25, vae_widths=(16, 32, 64, 64),
         vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4), base_blocks=1,
-        base_attention=(16, 8, 4), base_aware=(32,), head_width=32, up_width=16, up_blocks=1, up_body=2, up_recompute=0, vae_steps=1000,
+        base_attention=(16, 8, 4), base_aware=(32,), positions=1, head_width=32, up_width=16, up_blocks=1, up_body=2, vae_steps=1000,
         vae_batch=8, vae_lr=1e-3, base_steps=2300, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3, guidance=1.0,
-        base_predict='x_start', final_lr=0.05, ema=0.995, patch=32, patch_grid_updates=0, perceptual='vae'),
-    'tiny': dict(
-        channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=30, outer=3,
+        base_predict='x_start', final_lr=0.05, ema=0.995, patch=32, patches=1, patch_grid_updates=0, perceptual='vae'),
+    'tiny': dict(channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=30, outer=3,
         fit_steps=150, rays=512, lr_planes=4e-2, lr_decoder=4e-3, rescale=0.25, portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1,
         vae_scale=1.0, token_width=32, pool_width=16, base_width=32, base_mult=(1, 1, 1), base_blocks=1, base_attention=(8, 4, 2),
-        base_aware=(8,), head_width=16, up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8, up_recompute=0,
-        vae_steps=60, vae_batch=8, vae_lr=3e-3, base_steps=100, base_batch=8, base_lr=2e-3, up_steps=60, up_batch=4, up_lr=2e-3,
-        base_predict='x_start', final_lr=0.1, ema=0.95, patch=16, patch_grid_updates=0, perceptual='vae'),
-}
+        base_aware=(8,), positions=1, head_width=16, up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8, vae_steps=60,
+        vae_batch=8, vae_lr=3e-3, base_steps=100, base_batch=8, base_lr=2e-3, up_steps=60, up_batch=4, up_lr=2e-3, base_predict='x_start',
+        final_lr=0.1, ema=0.95, patch=16, patches=1, patch_grid_updates=0, perceptual='vae')}
 
 def stop(message):
     """Ends the program with one line on stderr and exit status 1."""
@@ -130,9 +138,11 @@ def make_config(preset, overrides=()):
         kind = type(defaults[name])
         try:
             values[name] = tuple(int(v) for v in text.split(',')) if kind is tuple else kind(text)
-            assert kind in (tuple, str) or values[name] >= (kind is int and name not in ('up_recompute', 'patch_grid_updates'))
+            least = kind is int and name not in ('patches', 'patch_grid_updates')
+            assert text in CHOICES[name] if name in CHOICES else kind is tuple or least <= values[name] < math.inf
         except (ValueError, AssertionError):
-            stop(f'--set {item}: {name} takes {"integers with commas between" if kind is tuple else "a positive " + kind.__name__}')
+            wanted = CHOICES.get(name) or ('integers with commas between' if kind is tuple else f'a positive {kind.__name__}')
+            stop(f'--set {item}: {name} takes {wanted}')
     config = Config(**values)
     if config.channels % 4 or config.resolution % 4 or config.resolution % config.base_resolution or config.portrait % 64:
         stop(f'channels {config.channels} and resolution {config.resolution} must divide by 4, portrait {config.portrait} by 64, '
@@ -141,14 +151,12 @@ def make_config(preset, overrides=()):
 
 # 2 Cameras and rays ---------------------------------------------------------------------------------------------------
 # A camera is a 4x4 camera-to-world matrix (x right, y up, looking down -z) and intrinsics (fx, fy, cx, cy) in pixels.
-
 def orbit_pose(azimuth, elevation, distance=4.0, target=(0.0, 0.0, 0.0)):
     """Camera-to-world (4, 4) of a camera that looks at `target`; degrees; azimuth 0 is the front (-Y), 90 is +X; Z is up."""
     a, e = math.radians(azimuth), math.radians(elevation)
     right, back = torch.tensor([[math.cos(a), math.sin(a), 0.0], [math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)]])
-    pose = torch.eye(4)
-    pose[:3] = torch.stack([right, torch.linalg.cross(back, right), back, distance * back + torch.tensor(target)], dim=1)
-    return pose
+    pose = torch.stack([right, torch.linalg.cross(back, right), back, distance * back + torch.tensor(target)], dim=1)
+    return torch.cat([pose, torch.eye(4)[3:]])
 
 def intrinsics_of(fov, size):
     """Intrinsics (4,) of a square image of `size` pixels with a field of view of `fov` degrees."""
@@ -176,20 +184,16 @@ def intersect_box(rays_o, rays_d, min_near=0.2):
 # 3 Avatars on disk ----------------------------------------------------------------------------------------------------
 # One folder an avatar, in the formats of NeRF-synthetic (Blender) and instant-ngp; fitted planes in one fp16 file an avatar. What comes
 # from a file is checked here, so that the rest can trust it: errors name the file and what to do.
-MAX_PIXELS = 64 * 2 ** 20               # refuse to decode larger images
+MAX_PIXELS, MAX_JSON = 64 * 2 ** 20, 64 * 2 ** 20           # refuse to decode larger images, to parse longer files
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
 WHOLE, TRAIN = 'transforms.json', 'transforms_train.json'
 
-@dataclass
-class Views:
+class Views(NamedTuple):
     """Posed images of one avatar, in the coordinates of its box (see read_box)."""
     images: torch.Tensor                # (V, H, W, 4) uint8, straight alpha
     c2w: torch.Tensor                   # (V, 4, 4)
     intrinsics: torch.Tensor            # (V, 4)
     has_alpha: bool                     # some pixel is transparent
-
-    def rgb(self, i):                   # view i on white, (H, W, 3) in 0..1
-        return on_white(self.images[i])
 
 def on_white(images):
     """uint8 RGBA (..., 4) -> float RGB (..., 3) in 0..1, composited on white (section 5.2 of Rodin's protocol: white everywhere)."""
@@ -204,10 +208,9 @@ def open_image(path):
             if image.width * image.height > MAX_PIXELS:
                 stop(f'{path}: {image.width} x {image.height} pixels are too many; scale the image down to at most 8192 x 8192')
             return ImageOps.exif_transpose(image).convert('RGBA')
-    except FileNotFoundError:
-        stop(f'{path}: there is no such image')
-    except Exception as error:          # PIL raises many types on damaged files
-        stop(f'{path}: not a readable image ({str(error).splitlines()[0] if str(error) else type(error).__name__})')
+    except Exception as error:          # missing or damaged: PIL raises many types
+        stop(f'{path}: there is no such image' if isinstance(error, FileNotFoundError) else
+             f'{path}: not a readable image ({str(error).splitlines()[0] if str(error) else type(error).__name__})')
 
 def read_portrait(path, size):
     """Any image file -> rgb (3, size, size) in [-1, 1], alpha (1, size, size) in 0..1; squared by its border's pixels (at sides or top)."""
@@ -228,7 +231,7 @@ def portrait_on_white(rgb, alpha):
 def read_transforms(path):
     """The dict of a transforms*.json, with frames that have a path inside the folder and a finite 4x4 matrix."""
     try:
-        meta = json.loads(Path(path).read_text(encoding='utf-8'))
+        meta = json.loads(Path(path).read_text(encoding='utf-8') if Path(path).stat().st_size <= MAX_JSON else '')
     except FileNotFoundError:
         stop(f'{path}: there is no such file; an avatar is a folder with transforms.json or transforms_train.json')
     except (OSError, ValueError, RecursionError) as error:
@@ -352,31 +355,7 @@ def list_avatars(data):
     if (data / WHOLE).is_file() or (data / TRAIN).is_file():
         return [data]
     found = sorted({p.parent for p in data.glob('*/transforms*.json') if p.name in (WHOLE, TRAIN) and not p.parent.name.startswith('.')})
-    if not found:
-        stop(f'{data}: holds no avatars; draw some with `python avatars.py`, or give a folder of NeRF-synthetic scenes with --data')
-    return found
-
-class PlaneDataset(torch.utils.data.Dataset):
-    """Fitted planes (3, C, R, R) in [-1, 1] of the avatars in `fits` (with low only `low` (3, C, r, r): 46 K avatars of `paper` are 2.3
-    TB), portrait (3, P, P) in [-1, 1], alpha (1, P, P) in 0..1 and index: dicts, read when asked for."""
-    def __init__(self, fits, data, config, low=False):
-        self.config, self.low = config, low
-        self.folders = [p for p in list_avatars(data) if (Path(fits) / f'{p.name}.pt').is_file()]
-        self.files = [Path(fits) / f'{p.name}.pt' for p in self.folders]
-        if not self.files:
-            stop(f'{fits}: holds no fitted planes of the avatars in {data}; run fit.py --decoder, then fit.py')
-        shapes = [tuple(read_checkpoint(self.files[0], 'planes')[k].shape[1:3]) for k in ('planes', 'low')]
-        if shapes != [(config.channels, config.resolution), (config.channels, config.base_resolution)]:
-            stop(f'{self.files[0]}: planes of {shapes} channels and texels do not fit preset {config.preset}; fit again with it')
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        name = 'low' if self.low else 'planes'
-        planes = read_checkpoint(self.files[i], 'planes')[name]
-        rgb, alpha = read_portrait(portrait_path(self.folders[i]), self.config.portrait)
-        return {name: planes.float().clamp(-1, 1), 'portrait': rgb, 'alpha': alpha, 'index': i}
+    return found or stop(f'{data}: holds no avatars; draw some with `python avatars.py`, or give a folder of such scenes with --data')
 
 # 4 Triplane -----------------------------------------------------------------------------------------------------------
 # A point is projected onto three axis-aligned planes; the bilinear features found there are averaged (Rodin sums; the mean keeps the
@@ -447,17 +426,10 @@ def total_variation(planes):
 # 5 Decoder ------------------------------------------------------------------------------------------------------------
 # The MLP that all avatars share: queried features are frequency-encoded (Rodin, section 3.1), density comes from the last quarter of
 # the channels, colour from the others, a geometry feature and the view direction. 72,321 parameters at the paper's width.
-
-class TruncExp(torch.autograd.Function):
+def trunc_exp(x):
     """exp(x) in fp32 whose gradient sees x clamped to [-15, 15] (instant-ngp)."""
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].clamp(-15, 15).exp()
+    x, fixed = x.float(), x.float().detach()
+    return fixed.exp() + fixed.clamp(-15, 15).exp() * (x - fixed)
 
 def frequency_encoding(v):
     """(N, D) -> (N, 5 D): [v, sin v, cos v, sin 2v, cos 2v], no factor of pi; double angles, so one sine and one cosine suffice."""
@@ -465,10 +437,12 @@ def frequency_encoding(v):
     return torch.cat([v, s, c, 2 * s * c, 1 - 2 * s * s], dim=-1)
 
 class Decoder(nn.Module):
-    """Plane features (N, C) and unit view directions (N, 3) -> density sigma (N,) > 0 per box unit and rgb (N, 3) in 0..1."""
+    """Plane features (N, C) and unit view directions (N, 3) -> density sigma (N,) > 0 per box unit and rgb (N, 3) in 0..1. `start`, small
+    planes (3, C, R/4, R/4): where the fit of an avatar under this decoder starts, the mean of those that it was trained on."""
     def __init__(self, config):
         super().__init__()
-        width, self.density_channels = config.decoder_width, config.channels // 4
+        width, r, self.density_channels = config.decoder_width, config.resolution // 4, config.channels // 4
+        self.register_buffer('start', torch.zeros(3, config.channels, r, r))
         self.sigma_net = nn.Sequential(nn.Linear(5 * self.density_channels, width), nn.Softplus(), nn.Linear(width, 1 + width))
         self.color_net = nn.Sequential(nn.Linear(5 * (config.channels - self.density_channels) + width + 15, width, bias=False), nn.ReLU(),
                                        nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, 3, bias=False))
@@ -477,10 +451,10 @@ class Decoder(nn.Module):
         D, last = self.density_channels, self.sigma_net[2]
         hidden = self.sigma_net[:2](frequency_encoding(features[:, -D:]))                          # (N, width)
         if dirs is None:                # one row of the last layer is enough
-            return TruncExp.apply(F.linear(hidden, last.weight[:1], last.bias[:1])[:, 0].float()), None
+            return trunc_exp(F.linear(hidden, last.weight[:1], last.bias[:1])[:, 0]), None
         hidden = last(hidden)                                                                      # (N, 1 + width)
         x = torch.cat([frequency_encoding(features[:, :-D]), hidden[:, 1:], frequency_encoding(dirs)], dim=-1)
-        return TruncExp.apply(hidden[:, 0].float()), torch.sigmoid(self.color_net(x))              # (N,), (N, 3)
+        return trunc_exp(hidden[:, 0]), torch.sigmoid(self.color_net(x))                           # (N,), (N, 3)
 
 class PlaneField:
     """The radiance field of one avatar: planes (3, C, R, R) read by a decoder. See `render` for the protocol of fields."""
@@ -617,7 +591,6 @@ def render_view(field, c2w, intrinsics, height, width, steps, grid=None):
 # 7 Fitting ------------------------------------------------------------------------------------------------------------
 # Images become planes (section 3.1, Algorithm 1). Task replay is fit.py's loop; here is one visit, and identity-aware weight consolidation
 # (IWC, Eq. 3): it pulls the decoder to what the avatar's last visit left, as far as the Fisher information says that the avatar needs it.
-
 def near_silhouette(image, radius):
     """Pixels (H, W) of an RGBA image (H, W, 4) within a square of `radius` pixels around one that is not transparent."""
     wide = F.max_pool2d((image[..., 3] > 0).float()[None], (1, 2 * radius + 1), 1, (0, radius))
@@ -673,16 +646,15 @@ def fisher_information(decoder, losses):
     return {n: f / max(len(batches), 1) for n, f in zip(names, fisher, strict=True)}
 
 def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, seconds=None,
-               decoder_optimizer=None, memory=None, sync=None, seed=0, report=None):
+               decoder_optimizer=None, memory=None, sync=lambda: None, seed=0, report=None):
     """One visit to an avatar: fits planes (3, C, r, r), and the decoder where `decoder_optimizer` is given -> planes (3, C, R, R) in [-1,
-    1], grid, new memory (None without decoder_optimizer). span: which part of the avatar's whole fit the visit is (size of the planes and
-    learning rate follow); `steps` steps, or about `seconds`. memory: IWC state of the last visit. sync: called before the decoder's step,
-    to average gradients over ranks. report(progress, terms): called every 50 steps."""
+    1], grid, new memory (None without decoder_optimizer). span: the visit's part of the whole fit (size of the planes and learning rate
+    follow); `steps` steps, or about `seconds`. memory: IWC state of the last visit. sync: averages the decoder's gradients over ranks."""
     device, generator = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
     reach = 2 * math.sqrt(3) / config.grid * float(views.intrinsics[:, 0].max() / views.c2w[:, :3, 3].norm(dim=-1).min().clamp(min=0.5))
     rays = Rays(views, device, margin=6 + int(reach), edges=0.5 if decoder_optimizer is None else 0.0)     # pixels that may see the hull
     grid = OccupancyGrid(config.grid, config.steps, device, visual_hull(views, config.grid) if views.has_alpha else None)
-    began, step, table = time.monotonic(), 0, None
+    began, step, table, finite, finite_decoder = time.monotonic(), 0, None, Finite('fit'), Finite('decoder')
     def data_loss(planes):
         rays_o, rays_d, target = rays.draw(config.rays, generator)
         shift = torch.rand(len(rays_o), generator=generator).to(device)
@@ -699,10 +671,8 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
         optimizer.param_groups[0]['lr'] = config.lr_planes * 0.05 ** progress
         if step % 16 == 0:
             grid.update(PlaneField(view.detach(), decoder), generator, None if step < 256 else grid.some_cells(generator))
-        seen = view
-        if config.rescale and torch.rand((), generator=generator) < config.rescale:
-            seen = resize_planes(view, int(torch.randint(size // 4, size, (), generator=generator)))
-        terms = {'rgb': data_loss(seen)}
+        shrink, low = torch.rand((), generator=generator) < config.rescale, int(torch.randint(size // 4, size, (), generator=generator))
+        terms = {'rgb': data_loss(resize_planes(view, low) if shrink else view)}
         if step % 8 == 0:               # regularisers cost as much as the rays do: every eighth step, eight times
             terms['tv'] = 8 * config.weight_tv * total_variation(view)
             terms['l2'] = 8 * config.weight_l2 * 3 * view.square().mean()
@@ -715,13 +685,14 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
         if memory is not None:
             terms['iwc'] = config.weight_iwc * consolidation(decoder, memory)
         optimizer.zero_grad()
-        sum(terms.values()).backward()
-        optimizer.step()
-        table.data.clamp_(-1, 1)
+        (loss := sum(terms.values())).backward()
+        if finite(loss, table.grad):
+            optimizer.step()
+            table.data.clamp_(-1, 1)
         if decoder_optimizer is not None:
-            if sync is not None:
-                sync()
-            decoder_optimizer.step()
+            sync()
+            if finite_decoder(*(p.grad for p in decoder.parameters() if p.grad is not None)):                 # the same on all ranks
+                decoder_optimizer.step()
             decoder_optimizer.zero_grad()
         if report and step % 50 == 0:
             report(done, {k: v.item() for k, v in terms.items()})
@@ -829,10 +800,10 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20), maps
 
-    def forward(self, images):
-        """Training: images to a reconstruction from a posterior sample, mean, log variance."""
+    def forward(self, images, noise):
+        """Training: images and noise (B, 4, P/8, P/8) to a reconstruction from a posterior sample, mean, log variance."""
         mean, logvar, _ = self.encode(images)
-        return self.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)), mean, logvar
+        return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
 
     def decode(self, latent):               # to images (B, 3, P, P), not clamped
         return self.decoder(self.post_quant_conv(latent))
@@ -844,21 +815,15 @@ def load_vae(path, config):
             from safetensors.torch import load_file as load
         else:
             load = functools.partial(torch.load, map_location='cpu', weights_only=True)
-        state = load(path)
+        state, vae = load(path), VAE(config)
+        for old, new in (('query', 'to_q'), ('key', 'to_k'), ('value', 'to_v'), ('proj_attn', 'to_out.0')):     # names until 2023,
+            state = {n.replace(f'.{old}.', f'.{new}.'): x for n, x in state.items()}
+        vae.load_state_dict({n: x[..., 0, 0] if '.attentions.' in n and x.ndim == 4 else x for n, x in state.items()})     # and 1x1 convs
+        return vae
     except ImportError:
         stop(f'{path} needs the safetensors package: pip install safetensors')
-    except Exception as error:          # missing or damaged: the loaders raise many types
-        stop(f'{path}: not readable as VAE weights ({type(error).__name__})')
-    for old, new in (('query', 'to_q'), ('key', 'to_k'), ('value', 'to_v'), ('proj_attn', 'to_out.0')):     # names until 2023,
-        state = {n.replace(f'.{old}.', f'.{new}.'): x for n, x in state.items()}
-    state = {n: x[..., 0, 0] if '.attentions.' in n and x.ndim == 4 else x for n, x in state.items()}       # and 1x1 convolutions
-    vae = VAE(config)
-    ours, theirs = ({n: tuple(x.shape) for n, x in tensors.items()} for tensors in (vae.state_dict(), state))
-    wrong = [f'{n} is {theirs.get(n, "missing")}, expected {ours.get(n, "nothing")}' for n in ours | theirs if ours.get(n) != theirs.get(n)]
-    if wrong:
-        stop(f'{path} does not fit this VAE in {len(wrong)} places: {"; ".join(wrong[:3])}')
-    vae.load_state_dict(state)
-    return vae
+    except Exception as error:          # missing, damaged or of another model: many types
+        stop(f'{path}: not weights of this VAE ({type(error).__name__}: {" ".join(str(error).split())[:160]})')
 
 class Portrait(NamedTuple):
     """What a network is conditioned on; the upsample network needs `lr` too."""
@@ -878,14 +843,11 @@ def encode_portrait(vae, images, config):
     mean, _, maps = vae.encode(images)
     return Portrait(mean * config.vae_scale, maps)
 
-def drop(portrait, keep):
-    """Zeroes latent and maps together in the samples where keep (B,) is false."""
-    latent, *maps = (x * keep.to(x).view(-1, 1, 1, 1) for x in (portrait.latent, *portrait.maps))
+def drop(portrait, keep=(False,)):
+    """Zeroes latent and maps together where keep (B,) is false; everywhere by default: the null condition, as in Rodin. Its tokens are not
+    zeros: GroupNorm turns the maps into its bias, all alike."""
+    latent, *maps = (x * torch.as_tensor(keep).to(x).view(-1, 1, 1, 1) for x in (portrait.latent, *portrait.maps))
     return portrait._replace(latent=latent, maps=maps)
-
-def null_like(portrait):
-    """The null condition: zeros, as in Rodin. Its tokens are not zeros: GroupNorm turns the maps into its bias, all alike."""
-    return drop(portrait, torch.zeros(len(portrait.latent)))
 
 def join(a, b):
     """Two Conditions as one batch, for guidance."""
@@ -893,15 +855,17 @@ def join(a, b):
     return Condition(torch.cat([a.pooled, b.pooled]), keys_values, None if a.lr is None else torch.cat([a.lr, b.lr]))
 
 class PortraitTokens(nn.Module):
-    """The first `count` maps, each cut into 8 x 8 patches: a list of tokens (B, 64, W). They carry no position."""
-    def __init__(self, config, count):
+    """Some of the maps y1, y2, y3 (numbers in `used`), each cut into 8 x 8 patches: {number: tokens (B, 64, W)}."""
+    def __init__(self, config, used):
         super().__init__()
         assert config.portrait % 64 == 0, f'portrait {config.portrait} is no multiple of 64, so y3 has no 8 x 8 patches'
-        self.patches = nn.ModuleList(nn.Sequential(norm(c), nn.Conv2d(c, config.token_width, p, stride=p, bias=False))
-                                     for c, p in zip(config.vae_widths[:count], [config.portrait // n for n in (16, 32, 64)]))
+        self.used, self.positions, sizes = used, config.positions, [config.portrait // n for n in (16, 32, 64)]
+        self.patches = nn.ModuleList(nn.Sequential(norm(config.vae_widths[i]), nn.Conv2d(config.vae_widths[i], config.token_width, sizes[i],
+                                                                                         stride=sizes[i], bias=False)) for i in used)
 
     def forward(self, maps):
-        return [patch(y).flatten(2).transpose(1, 2) for patch, y in zip(self.patches, maps)]
+        tokens = {i: patch(maps[i]).flatten(2).transpose(1, 2) for i, patch in zip(self.used, self.patches)}
+        return {i: x + position_encoding(8, 8, x.shape[2]).to(x) for i, x in tokens.items()} if self.positions else tokens
 
 class PooledEmbedding(nn.Module):
     """The latent as one vector (B, E): its four patches, attended to (8 heads) by their mean plus a learned vector."""
@@ -924,11 +888,15 @@ class PooledEmbedding(nn.Module):
 # 9 3D-aware U-Net -----------------------------------------------------------------------------------------------------
 # Two U-Nets over planes side by side (supplement A). 3D-aware convolution (Rodin, section 3.2) shows each texel the two other planes,
 # averaged over the axis that its own lacks. net(x, t, condition): t (B,) in [0, 1000], a Portrait or, faster when repeated, a Condition.
-
 def timestep_embedding(t, width):
     """Cosines, then sines, of t (B,) at width / 2 frequencies from 1 down to almost 1/10000: (B, width)."""
     angles = t.float()[:, None] * torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2, device=t.device))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+def position_encoding(rows, columns, width):
+    """Where the cells of an image are: (rows * columns, width), the timestep_embedding of row and of column, each from 0 to 100."""
+    row, column = torch.meshgrid(torch.linspace(0, 100, rows), torch.linspace(0, 100, columns), indexing='ij')
+    return torch.cat([timestep_embedding(x.reshape(-1), width // 2) for x in (row, column)], dim=1)
 
 class AwareConv(nn.Module):
     """3D-aware convolution, (B, c_in, H, 3H) to (B, c_out, H, 3H), H at least 2; starts at zero. Plane p has its own 3 x 3 convolution of 3
@@ -939,8 +907,7 @@ class AwareConv(nn.Module):
         self.convs = nn.ModuleList(zero(conv(3 * c_in, c_out)) for _ in range(3))
 
     def forward(self, x):
-        planes = x.chunk(3, dim=3)                                                              # 3 x (B, c_in, H, H)
-        return torch.cat([self.convolve(p, planes) for p in range(3)], dim=3)
+        return torch.cat([self.convolve(p, x.chunk(3, dim=3)) for p in range(3)], dim=3)        # planes: 3 x (B, c_in, H, H)
 
     def convolve(self, p, planes):
         weights = self.convs[p].weight.chunk(3, dim=1)                                          # 3 x (c_out, c_in, 3, 3)
@@ -969,14 +936,14 @@ class ResBlock(nn.Module):
         return self.skip(self.resample(x)) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 class Attention(nn.Module):
-    """Texels (B, c, H, 3H) attend to tokens of a portrait map (none if token_width is 0) and, if `joint`, to all texels, in one softmax."""
-    def __init__(self, channels, head, token_width, joint, height):
+    """Texels (B, c, H, 3H) attend to tokens of portrait map number `map`, if any, and, if `joint`, to all texels, in one softmax."""
+    def __init__(self, channels, head, token_width, joint, map, positions=0):
         super().__init__()
         assert channels % head == 0, f'{channels} channels are no multiple of the head width {head}'
-        self.head, self.height, self.norm = head, height, norm(channels)
+        self.head, self.map, self.positions, self.norm = head, map, positions, norm(channels)
         self.qkv, self.proj = nn.Linear(channels, (3 if joint else 1) * channels), zero(nn.Linear(channels, channels))
         self.norm_tokens = nn.Identity() if joint else norm(token_width)
-        self.kv = nn.Linear(token_width, 2 * channels) if token_width else None
+        self.kv = None if map is None else nn.Linear(token_width, 2 * channels)
 
     def split(self, x):                     # (B, N, parts c), channels by head, then part, to parts (B, heads, N, head)
         return [part.transpose(1, 2) for part in x.unflatten(2, (self.proj.in_features // self.head, -1, self.head)).unbind(3)]
@@ -985,19 +952,21 @@ class Attention(nn.Module):
         return self.split(self.kv(self.norm_tokens(tokens.transpose(1, 2)).transpose(1, 2)))
 
     def forward(self, x, keys_values=()):
-        q, *own = self.split(self.qkv(self.norm(x).flatten(2).transpose(1, 2)))                 # (B, heads, 3HH, head)
+        h = self.norm(x).flatten(2).transpose(1, 2)                                             # (B, 3HH, c)
+        h = h + position_encoding(*x.shape[2:], x.shape[1]).to(h) if self.positions else h
+        q, *own = self.split(self.qkv(h))                                                       # (B, heads, 3HH, head)
         k, v = (torch.cat(parts, 2) for parts in zip(*filter(len, (keys_values, own))))         # (B, heads, L + 3HH, head)
         h = F.scaled_dot_product_attention(q, k, v)                                             # (B, heads, 3HH, head)
         return x + self.proj(h.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
 
 class UNet(nn.Module):
-    """What both networks share. heights[i]: the plane height whose attention sees map i; `checkpoint`: training recomputes activations."""
-    def __init__(self, config, width, mult, blocks, body, resolution, heights, c):
+    """What both networks share. maps: {plane height: number of the map that its attention sees}; `checkpoint`: training recomputes."""
+    def __init__(self, config, width, mult, blocks, body, resolution, maps, c):
         super().__init__()
         assert resolution % 2 ** (len(mult) - 1) == 0, f'planes of {resolution} cannot be halved {len(mult) - 1} times'
-        self.config, self.width, self.emb, self.heights, self.checkpoint = config, width, 4 * width, heights, False
+        self.config, self.width, self.emb, self.maps, self.checkpoint = config, width, 4 * width, maps, False
         self.time = nn.Sequential(nn.Linear(width, self.emb), nn.SiLU(), nn.Linear(self.emb, self.emb))
-        self.tokens, self.pooled = PortraitTokens(config, len(heights)), PooledEmbedding(config, self.emb)
+        self.tokens, self.pooled = PortraitTokens(config, sorted({*maps.values()} - {None})), PooledEmbedding(config, self.emb)
         self.encoder, self.decoder, skips, height = nn.ModuleList(), nn.ModuleList(), [c], resolution
         for level, m in enumerate(mult):
             for _ in range(blocks):
@@ -1018,9 +987,9 @@ class UNet(nn.Module):
 
     def condition(self, portrait):
         """A Portrait as this network's Condition: all that is the same at every t."""
-        tokens = dict(zip(self.heights, self.tokens(portrait.maps)))                            # plane height: (B, L, W)
+        tokens = self.tokens(portrait.maps)
         cross = [layer for layer in self.modules() if isinstance(layer, Attention) and layer.kv]
-        return Condition(self.pooled(portrait.latent), {layer: layer.keys_values(tokens[layer.height]) for layer in cross})
+        return Condition(self.pooled(portrait.latent), {layer: layer.keys_values(tokens[layer.map]) for layer in cross})
 
     def run(self, layers, x, emb, kv):      # x through layers, each of which is given what it takes besides
         for layer in layers:
@@ -1045,38 +1014,42 @@ class UNet(nn.Module):
 class BaseUNet(UNet):
     """Base network (supplement A, Table 5; 366,823,360 parameters at `paper`): planes (B, 3, C, r, r) to noise, variance (2C)."""
     def __init__(self, config):
-        c = config.base_width * config.base_mult[0]
+        c, fold = config.base_width * config.base_mult[0], 1 if config.roll_out else 3
+        maps = {'multi': (0, 1, 2), 'single': (2, 2, 2), 'none': (None,) * 3}[config.tokens]
         super().__init__(config, config.base_width, config.base_mult, config.base_blocks, 1, config.base_resolution,
-                         config.base_attention, c)
-        self.conv_in, self.norm_out, self.conv_out = conv(config.channels, c), norm(c), zero(conv(c, 2 * config.channels))
+                         dict(zip(config.base_attention, maps)), c)
+        self.conv_in, self.norm_out, self.conv_out = conv(fold * config.channels, c), norm(c), zero(conv(c, 2 * fold * config.channels))
 
-    def step(self, c_in, c_out, height, middle=False):          # a middle for which there is no map attends to itself alone
-        res = ResBlock(c_in, c_out, self.emb, aware=height in self.config.base_aware)
-        token_width = self.config.token_width if height in self.heights else 0
-        return [res, Attention(c_out, self.config.head_width, token_width, True, height)] if token_width or middle else [res]
+    def step(self, c_in, c_out, height, middle=False):          # where there is no map, texels attend to one another alone
+        res, c = ResBlock(c_in, c_out, self.emb, aware=bool(self.config.roll_out) and height in self.config.base_aware), self.config
+        attends = middle or height in self.maps
+        return [res, Attention(c_out, c.head_width, c.token_width, True, self.maps.get(height), c.positions)] if attends else [res]
 
     def resample(self, c, up):
         return ResBlock(c, c, self.emb, resample=nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2))
 
     def planes(self, x, emb, kv, _):
-        return self.conv_out(F.silu(self.norm_out(self.u(self.conv_in(x), emb, kv))))           # (B, 2C, r, 3r)
+        x = x if self.config.roll_out else torch.cat(x.chunk(3, dim=3), dim=1)                  # (B, C, r, 3r) or (B, 3C, r, r)
+        x = self.conv_out(F.silu(self.norm_out(self.u(self.conv_in(x), emb, kv))))
+        return x if self.config.roll_out else torch.cat(x.chunk(3, dim=1), dim=3)               # (B, 2C, r, 3r)
 
 class UpsampleUNet(UNet):
     """The upsample network (supplement A, Table 6): noisy planes and a Portrait with `lr` to x_start, (B, 3, C, R, R) both. 337,301,920
     parameters at `paper`; the released code, which attends to the latent's 4 patches instead of y1's 64 tokens, has 320,557,728."""
     def __init__(self, config):
         width, planes, lowest = config.up_width, config.channels, config.resolution // 2 ** (len(config.up_mult) - 1)
-        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution, (lowest,), width + planes)
+        self.second = AwareConv if config.up_aware else conv
+        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution, {lowest: 0}, width + planes)
         self.conv_in, self.head = conv(planes, width), nn.ModuleList(self.step(width, width))
         self.tail = nn.ModuleList(self.step(width * config.up_mult[0] + width + planes, width) + self.step(width, planes))
-        self.out = ResnetBlock(2 * planes, planes, second=AwareConv)
+        self.out = ResnetBlock(2 * planes, planes, second=self.second)
         with torch.no_grad():               # the network starts as the identity on the enlarged planes (ours; saves it the first epochs)
             nn.init.zeros_(self.out.conv_shortcut.bias)
             self.out.conv_shortcut.weight[..., 0, 0] = torch.cat([torch.zeros(planes, planes), torch.eye(planes)], dim=1)
 
     def step(self, c_in, c_out, height=None, middle=False):
-        attention = [Attention(c_out, self.config.up_head_width, self.config.token_width, False, height)] if middle else []
-        return [ResnetBlock(c_in, c_out, self.emb, second=AwareConv), *attention]
+        res, c = ResnetBlock(c_in, c_out, self.emb, second=self.second), self.config
+        return [res, Attention(c_out, c.up_head_width, c.token_width, False, 0, c.positions)] if middle else [res]
 
     def resample(self, c, up):
         return resized(c, up, mode='bilinear', align_corners=True)
@@ -1095,7 +1068,6 @@ class UpsampleUNet(UNet):
 # 10 Diffusion ---------------------------------------------------------------------------------------------------------
 # Schedules, losses and sampler (section 3.4). Planes are redundant, noise hides less of them than of an image: both schedules destroy them
 # faster than the linear one. A model is any model(x, t, condition); base predicts noise and a variance, upsample x_start.
-
 def noise_schedule(name, timesteps):
     """betas (T,), float64, at most 0.999: Chen's `cosine` (start 0.2, end 1, tau 3) and `sigmoid` (0, 3, 0.1), or `linear` (DDPM)."""
     if name == 'linear':
@@ -1109,14 +1081,12 @@ def discretised_log_likelihood(x, mean, log_std):
     """Log of the mass that a Gaussian puts on the bin of width 2/255 around x in [-1, 1]; the outer bins are open."""
     upper, lower = ((x - mean + side / 255) * torch.exp(-log_std) for side in (1, -1))
     inside = (torch.special.ndtr(upper) - torch.special.ndtr(lower)).clamp(min=1e-12).log()
-    inside = torch.where(x > 0.999, torch.special.log_ndtr(-lower), inside)
-    return torch.where(x < -0.999, torch.special.log_ndtr(upper), inside)
+    return torch.where(x > 0.999, torch.special.log_ndtr(-lower), torch.where(x < -0.999, torch.special.log_ndtr(upper), inside))
 
 class Diffusion:
     """A discrete process over planes (B, 3, C, R, R): schedule, loss, sampler; coefficients in float64. The model predicts `noise` or
     `x_start`, with learned_variance twice the channels. t (B,) are integers 0 ... T - 1; the model is always given t * 1000 / T."""
     def __init__(self, schedule, timesteps, predict='noise', learned_variance=False):
-        assert predict in ('noise', 'x_start'), f'a model predicts noise or x_start, not {predict}'
         self.timesteps, self.predict, self.learned_variance = timesteps, predict, learned_variance
         self.betas = noise_schedule(schedule, timesteps)
         self.alpha_bar = torch.cumprod(1 - self.betas, 0)
@@ -1159,14 +1129,12 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, condition=None, null=None, guidance=1.0, steps=10, eta=1.0,
-               generator=None, trajectory=None, device='cpu', progress=False):
+               generators=None, watch=lambda x_start: None, device='cpu', progress=False):
         """Planes of `shape` (B, 3, C, R, R) in [-1, 1], in `steps` even steps that begin at T - 1; ValueError unless 1 ... T. guidance: s
         in null + s (conditional - null); 1 never runs null. eta: 1 ancestral (with the learned variance, if any), below 1 DDIM
-        (Eqs. 12, 16). generator: one, or a list of one a sample. trajectory: a list to get each x_start."""
+        (Eqs. 12, 16). generators: one a sample. watch: called with each x_start."""
         def draw():
-            gs = generator if isinstance(generator, list) else [generator]
-            size = (shape[0] // len(gs), *shape[1:])
-            return torch.cat([torch.randn(size, generator=g, device=g.device if g else device).to(device) for g in gs])
+            return torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generators or [None] * shape[0]]).to(device)
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f'{steps} sampling steps of a process of {self.timesteps} timesteps')
         times = [round((i + 1) * self.timesteps / steps) - 1 for i in range(steps)]     # 99, 199, ..., 999 for 10 of 1000
@@ -1182,8 +1150,7 @@ class Diffusion:
             if self.learned_variance:
                 guided, share = guided.chunk(2, dim=2)[0], (out.chunk(2, dim=2)[1] + 1) / 2     # the variance is not guided
             x_start = self.x_start_of(guided, x, alpha_bar).clamp(-1, 1)
-            if trajectory is not None:
-                trajectory.append(x_start)
+            watch(x_start)
             if i:                                                                       # the last step returns x_start
                 eps = (x - alpha_bar ** 0.5 * x_start) / (1 - alpha_bar) ** 0.5         # again, from the clamped x_start
                 std = eta * beta_tilde ** 0.5
@@ -1194,8 +1161,13 @@ class Diffusion:
         return x_start
 
 # 11 Running -----------------------------------------------------------------------------------------------------------
-# A process group always exists (of size 1 without torchrun), so no loop asks whether there is one. Checkpoints are dicts of plain types
-# and tensors, read with weights_only=True, written to a temporary file and renamed.
+# A process group always exists (of size 1 without torchrun), so no loop asks whether there is one. Files are whole or not there (atomic),
+# have one writer (claim), hold no NaN (Finite), and never run code when they are read (weights_only).
+def one_line(kind, error, trace):
+    """sys.excepthook of all scripts: what the machine refuses (a full disk, a folder) and Ctrl-C end in one line."""
+    if not issubclass(kind, (OSError, KeyboardInterrupt)):
+        return sys.__excepthook__(kind, error, trace)
+    print(f'error: {error}' if str(error) else 'interrupted; the same command goes on after the last file written', file=sys.stderr)
 
 def start(device=None, seed=0):
     """Starts the process group, seeds PyTorch by seed and rank -> rank, world, device."""
@@ -1206,7 +1178,7 @@ def start(device=None, seed=0):
         alone = {} if 'RANK' in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=7), **alone)  # shards are uneven
         atexit.register(dist.destroy_process_group)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    (rank, world), sys.excepthook = (dist.get_rank(), dist.get_world_size()), one_line             # in place of torch.distributed's
     if device.startswith('cuda'):
         device = f'cuda:{os.environ["LOCAL_RANK"]}' if 'LOCAL_RANK' in os.environ else device
         torch.cuda.set_device(device)
@@ -1214,31 +1186,50 @@ def start(device=None, seed=0):
     torch.manual_seed(seed * 1000 + rank)
     return rank, world, torch.device(device)
 
-class EMA:
-    """Exponential moving average of a module's parameters in fp32, with a warm-up: decay = min(decay, (1 + n) / (10 + n))."""
-    def __init__(self, module, decay):
-        self.decay, self.updates = decay, 0
-        self.shadow = {n: p.detach().float().clone() for n, p in module.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, module):
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for n, p in module.named_parameters():
-            self.shadow[n].lerp_(p.float(), 1 - decay)
-
-def write_checkpoint(path, kind, content):
-    """Writes a dict atomically; kind ('decoder', 'planes', 'vae', ...) is checked by read_checkpoint."""
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary path beside `path` (same suffix) to write to, which becomes `path` if all goes well, and else leaves the old file be."""
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{os.getpid()}.tmp.{path.name}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({'kind': kind, **content}, temporary)
+        yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:                                    # torch.save raises RuntimeError on a full disk
+        stop(f'{path}: cannot be written ({str(error).splitlines()[0][:100]})')
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        stop(f'{path}: cannot be written ({str(error).splitlines()[0][:100]})')
+
+@contextlib.contextmanager
+def claim(path):
+    """Whether this process may write `path`; False while another one may. Locks a byte of <folder>/.lock until the process ends."""
+    path, mine = Path(path), True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / '.lock', 'a') as lock:
+        try:
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(path.name.encode()))
+        except (ImportError, OSError) as error:                                 # Windows has no fcntl, so no claims
+            mine = isinstance(error, ImportError)
+        yield mine
+
+class Finite:
+    """finite(tensors): whether a step may be taken: False where a loss or gradient is NaN or infinite. Stops after `most` such in a row."""
+    def __init__(self, what, most=5):
+        self.what, self.most, self.skipped, self.row = what, most, 0, 0
+
+    def __call__(self, *tensors):
+        fine = all(bool(x.isfinite().all()) for x in tensors)
+        self.row, self.skipped = 0 if fine else self.row + 1, self.skipped + (not fine)
+        if self.row >= self.most:
+            stop(f'{self.what}: loss or gradient not finite {self.row} times in a row; lower the learning rate (what is saved is finite)')
+        return fine
+
+def write_checkpoint(path, kind, content):
+    """Writes a dict of plain types and tensors; kind ('decoder', 'planes', 'vae', ...) is checked by read_checkpoint."""
+    with atomic(path) as temporary:
+        torch.save({'kind': kind, **content}, temporary)
 
 def read_checkpoint(path, kind, made_by=''):
     """Reads what write_checkpoint wrote; tensors are memory-mapped, so what is not used is not read."""
@@ -1266,35 +1257,43 @@ def load_model(kind, folder, device):
     (build, made_by), path = MODELS[kind], Path(folder) / f'{kind}.pt'
     content = read_checkpoint(path, kind, made_by)
     try:
-        model = build(config := Config(**content['config']))
+        model = build(config := Config(**{k: v for k, v in content['config'].items() if k in Config.__dataclass_fields__}))
         model.load_state_dict(content['model'])
+        assert all(x.isfinite().all() for x in model.state_dict().values()), 'it holds NaN or infinite values'
     except (KeyError, TypeError, RuntimeError, AssertionError) as error:
         stop(f'{path}: does not fit this program ({str(error).splitlines()[0][:80]}); make it again with {made_by}')
     model.config = config
     return model.requires_grad_(False).eval().to(device)
 
+def load_models(runs, fits, device):
+    """All four models: of `runs`, with the decoder of `fits`, if a diffusion model was trained there, else those that ship, of weights/."""
+    trained = any((Path(runs) / f'{kind}.pt').exists() for kind in ('base', 'upsample'))
+    folders = {kind: Path(__file__).parent / 'weights' if not trained else fits if kind == 'decoder' else runs for kind in MODELS}
+    models = {kind: load_model(kind, folder, device) for kind, folder in folders.items()}
+    if len({(m.config.channels, m.config.resolution, m.config.portrait, m.config.vae_widths) for m in models.values()}) > 1:
+        stop(f'the models in {runs} and {fits} are of different presets; train all stages with the same one')
+    return models
+
 def diffusion_of(stage, config):
-    """The Diffusion of stage 'base' (cosine, predicts noise and variance) or 'upsample' (sigmoid, predicts x_start)."""
-    return (Diffusion('cosine', config.base_timesteps, config.base_predict, learned_variance=True) if stage == 'base' else
-            Diffusion('sigmoid', config.up_timesteps, 'x_start'))
+    """The Diffusion of stage 'base' (predicts noise or x_start, and a variance) or 'upsample' (predicts x_start)."""
+    return (Diffusion(config.base_schedule, config.base_timesteps, config.base_predict, learned_variance=True) if stage == 'base' else
+            Diffusion(config.up_schedule, config.up_timesteps, 'x_start'))
 
 @torch.no_grad()
-def sample_stage(stage, network, portrait, config, low=None, guidance=1.0, steps=None, eta=1.0, seed=0, progress=False):
+def sample_stage(stage, network, portrait, low=None, guidance=1.0, steps=None, eta=1.0, seed=0, watch=lambda x_start: None, progress=False):
     """Planes (B, 3, C, R, R) in [-1, 1] of one stage; sample i of the batch draws its noise from seed + i, whatever the batch."""
-    portrait = portrait._replace(lr=low)
-    B, device, size = len(portrait.latent), portrait.latent.device, config.base_resolution if stage == 'base' else config.resolution
-    null = network.condition(null_like(portrait)) if guidance != 1 else None
+    portrait, config, B, device = portrait._replace(lr=low), network.config, len(portrait.latent), portrait.latent.device
+    size = config.base_resolution if stage == 'base' else config.resolution
+    null = network.condition(drop(portrait)) if guidance != 1 else None
     return diffusion_of(stage, config).sample(
         network, (B, 3, config.channels, size, size), network.condition(portrait), null, guidance, steps or config.sample_steps, eta,
-        generator=[torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(B)], device=device, progress=progress)
+        [torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(B)], watch, device, progress)
 
-def generate(models, images, guidance=None, steps=None, eta=1.0, seed=0, progress=False):
-    """Images (B, 3, P, P) in [-1, 1], or a number of unconditional avatars -> planes, low-resolution planes. models: of load_model."""
-    config, device, count = models['base'].config, next(models['base'].parameters()).device, images
-    if isinstance(count, int):
-        images, guidance = torch.zeros(count, 3, config.portrait, config.portrait), 1.0
-    portrait = encode_portrait(models['vae'], images.to(device), config)
-    portrait = null_like(portrait) if isinstance(count, int) else portrait
-    guidance = config.guidance if guidance is None else guidance
-    low = sample_stage('base', models['base'], portrait, config, None, guidance, steps, eta, seed, progress)
-    return sample_stage('upsample', models['upsample'], portrait, models['upsample'].config, low, 1.0, steps, eta, seed, progress), low
+def generate(models, portrait, guidance=None, steps=None, eta=1.0, seed=0, progress=False):
+    """A Portrait, images (B, 3, P, P) in [-1, 1], or a number of avatars of nobody -> planes, low-resolution planes; of load_models."""
+    config, device = models['base'].config, next(models['base'].parameters()).device
+    images = torch.zeros(portrait, 3, config.portrait, config.portrait) if isinstance(portrait, int) else portrait
+    seen = images if isinstance(images, Portrait) else encode_portrait(models['vae'], images.to(device), config)
+    seen, guidance = (drop(seen), 1.0) if isinstance(portrait, int) else (seen, config.guidance if guidance is None else guidance)
+    low = sample_stage('base', models['base'], seen, None, guidance, steps, eta, seed, progress=progress)
+    return sample_stage('upsample', models['upsample'], seen, low, 1.0, steps, eta, seed, progress=progress), low

@@ -22,24 +22,18 @@ import rodinhd as rh
 SIDES = (0, 320, 40, 270, 90, 180)      # azimuths of the grid's views, degrees: the frames of the turntable nearest to them
 
 
-def load_models(args, device):
-    """All four models, from --runs and --fits if a diffusion model was trained there, else from weights/."""
-    trained = any((args.runs / f'{k}.pt').exists() for k in ('base', 'upsample'))
-    weights = Path(__file__).parent / 'weights'
-    models = {k: rh.load_model(k, args.runs if trained else weights, device) for k in ('vae', 'base', 'upsample')}
-    models['decoder'] = rh.load_model('decoder', args.fits if trained else weights, device)
-    shapes = {(m.config.channels, m.config.resolution, m.config.portrait, m.config.vae_widths) for m in models.values()}
-    if len(shapes) > 1:
-        rh.stop(f'the models in {args.runs} and {args.fits} are of different presets; train all stages with the same one')
-    return models
+def save_image(path, image, **how):
+    """Writes a PIL image, whole or not at all."""
+    with rh.atomic(path) as temporary:
+        image.save(temporary, **how)
 
 
 def save_animation(folder, frames):
     """frames: list of (H, W, 3) uint8 arrays -> turntable.webp, turntable.gif, 12 frames a second, looping."""
     images = [Image.fromarray(f) for f in frames]
-    images[0].save(folder / 'turntable.webp', save_all=True, append_images=images[1:], duration=83, loop=0, quality=85)
+    save_image(folder / 'turntable.webp', images[0], save_all=True, append_images=images[1:], duration=83, loop=0, quality=85)
     palette = [i.quantize(128, dither=Image.Dither.NONE) for i in images]
-    palette[0].save(folder / 'turntable.gif', save_all=True, append_images=palette[1:], duration=83, loop=0)
+    save_image(folder / 'turntable.gif', palette[0], save_all=True, append_images=palette[1:], duration=83, loop=0)
 
 
 def main(args):
@@ -47,7 +41,7 @@ def main(args):
         rh.stop('--count, --frames and --steps must be at least 1, --size at least 16, --eta between 0 and 1')
     _, _, device = rh.start(args.device, args.seed)
     portraits = [path for path in args.portrait or () if rh.open_image(path)]               # a bad file is told before the models load
-    models = load_models(args, device)
+    models = rh.load_models(args.runs, args.fits, device)
     config = models['upsample'].config
     if (args.steps or 1) > min(config.base_timesteps, config.up_timesteps):
         rh.stop(f'--steps {args.steps}: the models have {config.base_timesteps} and {config.up_timesteps} timesteps')
@@ -61,7 +55,6 @@ def main(args):
     print(f'{count} avatar(s) sampled in {time.monotonic() - began:.1f} s')
 
     folder = args.out / (args.name or (portraits[0].stem if portraits else 'unconditional'))
-    folder.mkdir(parents=True, exist_ok=True)
     columns = -(-count // max(1, int(count ** 0.5)))                    # the turntable tiles the avatars
     intrinsics, turns = rh.intrinsics_of(34.0, args.size).to(device), []
     bar = tqdm(total=count * args.frames, desc='rendering')
@@ -78,11 +71,11 @@ def main(args):
     bar.close()
     for i, square in enumerate(squares if portraits else ()):
         seen = Image.fromarray(((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-        seen.save(folder / f'portrait{i or ""}.png')
+        save_image(folder / f'portrait{i or ""}.png', seen)
         seen = np.asarray(seen.resize((args.size, args.size), Image.LANCZOS))
         for k in range(i * args.count, (i + 1) * args.count):
             rows[k] = np.concatenate([seen, rows[k]], axis=1)
-    Image.fromarray(np.concatenate(rows)).save(folder / 'grid.png')
+    save_image(folder / 'grid.png', Image.fromarray(np.concatenate(rows)))
     blank = np.full_like(turns[0][0], 255)
     turns += [[blank] * args.frames] * (-len(turns) % columns)
     tiles = [turns[i:i + columns] for i in range(0, len(turns), columns)]

@@ -241,7 +241,7 @@ def bench_training(bench, config, stage, batches):
     """Training steps of a network (forward, backward, AdamW) at growing batches, bf16 against fp32; on a GPU compiled, too."""
     device, base = bench.device, stage == 'base'
     network, diffusion = (rh.BaseUNet if base else rh.UpsampleUNet)(config).to(device), rh.diffusion_of(stage, config)
-    network.checkpoint, size = not base and bool(config.up_recompute), config.base_resolution if base else config.resolution
+    network.checkpoint, size = not base and config.resolution > 128, config.base_resolution if base else config.resolution
     vae, optimizer = rh.VAE(config).to(device).requires_grad_(False), torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     def step(batch, bf16):
         portrait = rh.encode_portrait(vae, torch.zeros(batch, 3, config.portrait, config.portrait, device=device), config)
@@ -276,7 +276,7 @@ def fitted(args, config, decoder, device):
                 avatars.main(avatars.parse(['--preset', 'small', '--count', '1', '--data', folder]))
         path = rh.list_avatars(args.data or folder)[0]
         views = rh.load_views(path, 'train', rh.read_box(path))
-    start = fit.new_planes(config, decoder, torch.Generator().manual_seed(0))
+    start = fit.new_planes(decoder, torch.Generator().manual_seed(0))
     planes, grid, _ = rh.fit_avatar(views, start, decoder, config, seconds=args.fit)
     return planes, decoder, grid, views, config
 

@@ -120,8 +120,8 @@ def test_samples_do_not_depend_on_their_batch():
     process = rh.Diffusion('sigmoid', 100, 'x_start')
     model = lambda x, t, c: x * 0.5
     gens = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]
-    both = process.sample(model, (2, 3, 1, 4, 4), generator=gens(1, 2))
-    assert torch.equal(both[1:], process.sample(model, (1, 3, 1, 4, 4), generator=gens(2)))
+    both = process.sample(model, (2, 3, 1, 4, 4), generators=gens(1, 2))
+    assert torch.equal(both[1:], process.sample(model, (1, 3, 1, 4, 4), generators=gens(2)))
 
 
 def test_loss_terms():

@@ -12,12 +12,13 @@ from PIL import Image
 
 import avatars
 import evaluate
+import figures
 import fit
 import rodinhd as rh
 import sample
 import train
 
-SCRIPTS = {'avatars.py': avatars, 'fit.py': fit, 'train.py': train, 'sample.py': sample, 'evaluate.py': evaluate}
+SCRIPTS = {'avatars.py': avatars, 'fit.py': fit, 'train.py': train, 'sample.py': sample, 'evaluate.py': evaluate, 'figures.py': figures}
 
 
 def run(module, *args):
@@ -39,19 +40,21 @@ def walk(tmp_path_factory, data):
         run(sample, '--unconditional', '--count', 2, '--frames', 2, '--size', 32)
         run(sample, '--portrait', 'data/avatar_0000/train/r_000.png', 'data/avatar_0001/train/r_000.png', '--count', 2, '--frames', 2,
             '--size', 32, '--bf16', '--name', 'me')
-        run(evaluate, '--views', 2)
-        run(evaluate, '--forgetting', 'fits')
+        run(evaluate, '--views', 2, '--disturb', 'data', '--guidance', 1, 2)
+        run(evaluate, '--consistency', 1)
+        run(evaluate, '--unconditional', 2)
+        run(figures, 'forgetting')
     return folder
 
 
 def test_the_whole_walk(walk):
     assert {p.name for p in (walk / 'fits').iterdir()} == {
-        'decoder.pt', 'decoder.json', 'decoder.jsonl', 'fit.json', 'avatar_0000.pt', 'avatar_0001.pt'}
+        '.lock', 'decoder.pt', 'decoder.json', 'decoder.jsonl', 'fit.json', 'avatar_0000.pt', 'avatar_0001.pt'}
     planes = rh.read_checkpoint(walk / 'fits/avatar_0000.pt', 'planes')
     assert planes['planes'].shape == (3, 8, 32, 32) and planes['planes'].dtype == torch.float16 and planes['low'].shape == (3, 8, 8, 8)
-    assert {f'{s}{e}' for s in ('vae', 'base', 'upsample') for e in ('.pt', '-state.pt', '.jsonl', '.png')} == {
+    assert {f'{s}{e}' for s in ('vae', 'base', 'upsample') for e in ('.pt', '-state.pt', '.jsonl', '.png')} | {'.lock'} == {
         p.name for p in (walk / 'runs').iterdir()}
-    for stage, terms in {'vae': {'l1', 'edges', 'kl'}, 'base': {'mse', 'vlb'}, 'upsample': {'mse', 'pixel', 'perceptual'}}.items():
+    for stage, terms in {'vae': {'l1', 'edges', 'thumb', 'kl'}, 'base': {'mse', 'vlb'}, 'upsample': {'mse', 'pixel', 'perceptual'}}.items():
         line = json.loads((walk / f'runs/{stage}.jsonl').read_text().splitlines()[-1])
         assert line['step'] == 3 and terms < line.keys()
     assert {p.name for p in (walk / 'samples/me').iterdir()} == {
@@ -59,8 +62,15 @@ def test_the_whole_walk(walk):
     assert Image.open(walk / 'samples/me/grid.png').size == (7 * 32, 4 * 32)                       # two portraits, two avatars each
     assert Image.open(walk / 'samples/unconditional/turntable.gif').n_frames == 2
     table = json.loads((walk / 'results/evaluate.json').read_text())['mean']
-    assert table.keys() == {'fitted', 'generated', 'nearest', 'mean'} and {'PSNR', 'SSIM', 'VAE'} <= table['fitted'].keys()
-    assert (walk / 'results/evaluate.png').exists() and (walk / 'results/forgetting.png').exists()
+    generated = {f'{row}, s={s}, 10 steps' for row in ('generated', 'disturbed') for s in (1, 2)}
+    assert table.keys() == {'fitted', *generated, 'nearest', 'mean'}
+    assert {'PSNR', 'SSIM', 'VAE', 'front', 'FD-VAE'} <= table['fitted'].keys()
+    assert table['fitted']['front'] > table['mean']['front'] and table['fitted']['FD-VAE'] < table['mean']['FD-VAE']
+    assert {p.name for p in (walk / 'results').iterdir()} == {
+        f'{name}{suffix}' for name in ('evaluate', 'consistency', 'unconditional') for suffix in ('.json', '.png')}
+    assert json.loads((walk / 'results/consistency.json').read_text())['avatars'].keys() == {'avatar_0000'}
+    assert (walk / 'assets/forgetting.png').exists()
+    assert json.loads((walk / 'results/unconditional.json').read_text())['samples'] == 2
     log = [json.loads(line) for line in (walk / 'fits/decoder.jsonl').read_text().splitlines()]
     assert len(log) == 4 and 'iwc' in log[-1] and 'iwc' not in log[0]   # consolidation acts from the second visit on
 
@@ -75,7 +85,7 @@ def test_finished_work_is_skipped(walk, monkeypatch):
 def test_training_goes_on_to_the_same_weights(walk, monkeypatch, tmp_path):
     """Six steps at once, and three with an interruption then three, give the same bits."""
     monkeypatch.chdir(walk)
-    command = ['--stage', 'base', '--preset', 'tiny', '--save', 3, '--set', 'base_steps=6']
+    command = ['--stage', 'base', '--preset', 'tiny', '--save-every', 3, '--log-every', 1, '--set', 'base_steps=6']
     for runs in ('whole', 'halves'):
         (tmp_path / runs).mkdir()
         (tmp_path / runs / 'vae.pt').write_bytes((walk / 'runs/vae.pt').read_bytes())
@@ -84,19 +94,20 @@ def test_training_goes_on_to_the_same_weights(walk, monkeypatch, tmp_path):
     class Killed(Exception):
         pass
 
-    def die(step, original=rh.EMA.update):
+    def die(step, original=train.EMA.update):
         def update(self, module):
             if self.updates == step:
                 raise Killed
             original(self, module)
         return update
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rh.EMA, 'update', die(4))
+        patch.setattr(train.EMA, 'update', die(4))
         run(train, *command, '--runs', tmp_path / 'halves')
     run(train, *command, '--runs', tmp_path / 'halves')
     a, b = (rh.read_checkpoint(tmp_path / r / 'base-state.pt', 'base-state') for r in ('whole', 'halves'))
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
     assert all(torch.equal(a['ema'][k], b['ema'][k]) for k in a['ema'])
+    assert (tmp_path / 'whole/base.jsonl').read_text() == (tmp_path / 'halves/base.jsonl').read_text()
     with pytest.raises(SystemExit, match=r'other settings .base_lr'):
         run(train, *command, 'base_lr=1', '--runs', tmp_path / 'halves')
 
@@ -223,10 +234,10 @@ def test_layout():
     lines = (ROOT / 'rodinhd.py').read_text().splitlines()
     chapters = [int(m.group(1)) for line in lines if (m := re.match(r'# (\d+) .*---$', line))]
     assert chapters == list(range(1, 12)) and len(lines) <= 1300
-    for name in SCRIPTS:
+    for name in [*SCRIPTS, 'batches.py']:
         text = (ROOT / name).read_text()
-        assert len(text.splitlines()) <= 250
-        assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate)\b', text, re.M)
+        assert len(text.splitlines()) <= (450 if name == 'evaluate.py' else 250)
+        assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate|figures)\b', text, re.M)
     assert set((ROOT / 'requirements.txt').read_text().split()) == {'torch', 'numpy', 'pillow', 'tqdm', 'lpips', 'scipy'}
 
 

@@ -1,0 +1,191 @@
+"""The papers' figures, each as assets/<figure>.png (--out), with its numbers as JSON where it has some.
+
+    python figures.py forgetting --fits once replay          PSNR of the first avatar while the decoder goes on to others (Fig. 2)
+    python figures.py spectra --fits fits no_iwc no_tv       how much of the planes is of high frequency (Fig. 4)
+    python figures.py noise --fits channels8 channels32      planes under the same noise, with few and with many channels (Fig. 5)
+    python figures.py schedules                              log signal-to-noise ratio of the noise schedules (Fig. 6)
+    python figures.py epipolar --portrait x.png              one line of the image while the camera moves (Figs. 9 and 16)
+    python figures.py resolution --fits r32 r64 r128         the same view from planes of other sizes (Fig. 14)
+    python figures.py denoising --portrait x.png             what the models take the avatar for, step by step (Fig. 15)
+    python figures.py interpolation --portrait x.png y.png   from one avatar to another (Rodin, Fig. 6)
+    python figures.py neighbours --portrait x.png            a generated avatar beside its nearest training avatars (Rodin, Fig. 17)
+
+--fits are folders of fit.py, of the same avatars; the models are those of runs/ or weights/, as for sample.py. Needs matplotlib.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import rodinhd as rh
+
+
+def axes(xlabel, ylabel, width=7.2, height=3.6):
+    """A matplotlib figure with one plot."""
+    try:
+        import matplotlib
+    except ImportError:
+        rh.stop('figures need matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, plot = pyplot.subplots(figsize=(width, height), layout='constrained')
+    plot.set(xlabel=xlabel, ylabel=ylabel)
+    plot.grid(alpha=0.3)
+    return figure, plot
+
+def save(args, picture, numbers=None):
+    """Writes <out>/<figure>.png, of a matplotlib figure or of rows of images (H, W, 3) in 0..1, and <figure>.json."""
+    path = args.out / f'{args.figure}.png'
+    with rh.atomic(path) as temporary:
+        if isinstance(picture, list):
+            image = torch.cat([torch.cat(row, dim=1) for row in picture])
+            Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()).save(temporary)
+        else:
+            picture.savefig(temporary, dpi=120)
+    if numbers is not None:
+        with rh.atomic(path.with_suffix('.json')) as temporary:
+            temporary.write_text(json.dumps(numbers, indent=1) + '\n')
+    print(f'written: {path}' + (f', {path.with_suffix(".json")}' if numbers is not None else ''))
+
+def view(planes, decoder, args, azimuth=0, elevation=5):
+    """Planes (3, C, R, R) from one side: (size, size, 3) in 0..1."""
+    field = rh.PlaneField(planes.to(args.device), decoder)
+    pose, intrinsics = rh.orbit_pose(azimuth, elevation).to(args.device), rh.intrinsics_of(34.0, args.size).to(args.device)
+    grid = rh.grid_for(field, decoder.config, args.device)
+    return rh.render_view(field, pose, intrinsics, args.size, args.size, decoder.config.steps, grid)[0].cpu()
+
+def fitted(folder, most=None):
+    """{avatar: planes (3, C, R, R)} of a folder of fit.py."""
+    paths = sorted(p for p in folder.glob('*.pt') if p.name != 'decoder.pt')[:most]
+    return {p.stem: rh.read_checkpoint(p, 'planes')['planes'].float() for p in paths} or rh.stop(f'{folder}: holds no planes of fit.py')
+
+def portrait(args, models, i=0):
+    """Portrait number i of the command line, as the networks take it."""
+    if not args.portrait or len(args.portrait) <= i:
+        rh.stop(f'figures.py {args.figure} needs --portrait' + (' with two images' if i else ''))
+    config = models['upsample'].config
+    image = rh.portrait_on_white(*rh.read_portrait(args.portrait[i], config.portrait))
+    return rh.encode_portrait(models['vae'], image[None].to(args.device), config)
+
+def forgetting(args):
+    figure, plot = axes("training of the decoder, share of its steps", "PSNR of the first avatar (dB)")
+    curves = {}
+    for folder in args.fits:
+        try:
+            curve = [json.loads(line)['first_avatar_psnr'] for line in (folder / 'decoder.jsonl').read_text().splitlines()]
+            curve[0]
+        except (OSError, ValueError, KeyError, IndexError):
+            rh.stop(f'{folder}/decoder.jsonl: not a log of fit.py --decoder --watch')
+        plot.plot([(i + 1) / len(curve) for i in range(len(curve))], curve, label=folder.name)
+        curves[folder.name] = curve
+    plot.legend()
+    save(args, figure, curves)
+
+def spectrum(planes):
+    """Mean power of planes (3, C, R, R) at radial frequencies 0 ... R/2 cycles a plane, their mean left out: (R/2 + 1,)."""
+    R = planes.shape[-1]
+    power = torch.fft.fft2(planes - planes.mean((2, 3), keepdim=True)).abs().square().mean((0, 1)) / R ** 4
+    frequency = torch.fft.fftfreq(R, 1 / R)
+    radius = (frequency[:, None] ** 2 + frequency ** 2).sqrt().round().long().clamp(max=R // 2)
+    return torch.zeros(R // 2 + 1).index_add_(0, radius.flatten(), power.flatten())
+
+def spectra(args):
+    """Shares are of the power at and above a quarter of the sampling rate (R/4 cycles a plane)."""
+    figure, plot = axes('cycles a plane', 'power')
+    shares = {}
+    for folder in args.fits:
+        mean = torch.stack([spectrum(planes) for planes in fitted(folder).values()]).mean(0)
+        shares[folder.name] = float(mean[len(mean) // 2:].sum() / mean.sum())
+        plot.loglog(range(1, len(mean)), mean[1:], label=f'{folder.name}: {shares[folder.name]:.2%} in the upper half')
+    plot.legend()
+    save(args, figure, shares)
+
+def noise(args):
+    """x_t / sqrt(alpha_bar) of the first avatar at log-SNR 4, 2, 0.57 (the paper's) and -1: a row a folder, the clean planes first."""
+    rows = []
+    for folder in args.fits:
+        planes, decoder = next(iter(fitted(folder, 1).values())), rh.load_model('decoder', folder, args.device)
+        draw = torch.randn(planes.shape, generator=torch.Generator().manual_seed(args.seed))
+        rows.append([view((planes + np.exp(-snr / 2) * draw).clamp(-1, 1), decoder, args) for snr in (np.inf, 4, 2, 0.57, -1)])
+    save(args, rows)
+
+def schedules(args):
+    figure, plot = axes('t', 'log signal-to-noise ratio')
+    for label, name, steps in (('cosine (base)', 'cosine', 1000), ('sigmoid (upsample)', 'sigmoid', 100), ('linear', 'linear', 1000)):
+        alpha_bar = torch.cumprod(1 - rh.noise_schedule(name, steps), 0)
+        plot.plot((torch.arange(steps) + 1) / steps, torch.log(alpha_bar / (1 - alpha_bar)), label=label)
+    plot.set_ylim(-20, 8)
+    plot.legend()
+    save(args, figure)
+
+def epipolar(args):
+    """The middle row of the image, stacked while the camera turns from -40 to 40 degrees: what is solid draws smooth lines."""
+    models = rh.load_models(args.runs, args.fits[0], args.device)
+    planes, _ = rh.generate(models, portrait(args, models), seed=args.seed)
+    views = [view(planes[0], models['decoder'], args, azimuth) for azimuth in torch.linspace(-40, 40, args.size // 2).tolist()]
+    lines = torch.stack([v[int(0.45 * args.size)] for v in views])                                  # (views, size, 3)
+    lines = F.interpolate(lines.permute(2, 0, 1)[None], size=(args.size, args.size))[0].permute(1, 2, 0)
+    save(args, [[views[0], views[len(views) // 2], views[-1], lines]])
+
+def resolution(args):
+    planes = [(next(iter(fitted(folder, 1).values())), rh.load_model('decoder', folder, args.device)) for folder in args.fits]
+    save(args, [[view(*one, args, azimuth) for one in planes] for azimuth in (0, 50)])
+
+def denoising(args):
+    """x_start as the base model (upper row, enlarged) and then the upsample model (lower) predict it, first to last step."""
+    models = rh.load_models(args.runs, args.fits[0], args.device)
+    condition, config, rows, low = portrait(args, models), models['upsample'].config, [], None
+    for stage in ('base', 'upsample'):
+        trajectory = []
+        low = rh.sample_stage(stage, models[stage], condition, low, seed=args.seed, watch=trajectory.append)
+        rows.append([view(rh.resize_planes(x[0], config.resolution), models['decoder'], args, 20) for x in trajectory])
+    save(args, rows)
+
+def interpolation(args):
+    models = rh.load_models(args.runs, args.fits[0], args.device)
+    a, b = (portrait(args, models, i) for i in (0, 1))
+    rows = [[], []]
+    for share in torch.linspace(0, 1, 7).tolist():
+        between = rh.Portrait(a.latent.lerp(b.latent, share), [x.lerp(y, share) for x, y in zip(a.maps, b.maps)])
+        planes, _ = rh.generate(models, between, seed=args.seed)
+        for row, azimuth in zip(rows, (0, 50)):
+            row.append(view(planes[0], models['decoder'], args, azimuth))
+    save(args, rows)
+
+def neighbours(args):
+    """Beside each generated avatar the three of --fits (one folder) whose fitted frontal view is nearest to its own."""
+    models, decoder = rh.load_models(args.runs, args.fits[0], args.device), rh.load_model('decoder', args.fits[0], args.device)
+    known = [view(planes, decoder, args) for planes in fitted(args.fits[0]).values()]
+    rows = []
+    for i in range(len(args.portrait or ()) or 1):
+        ours = view(rh.generate(models, portrait(args, models, i), seed=args.seed)[0][0], models['decoder'], args)
+        rows.append([ours, *sorted(known, key=lambda image, ours=ours: float(F.mse_loss(image, ours)))[:3]])
+    save(args, rows)
+
+FIGURES = {f.__name__: f for f in (forgetting, spectra, noise, schedules, epipolar, resolution, denoising, interpolation, neighbours)}
+
+def main(args):
+    if args.size < 16:
+        rh.stop('--size must be at least 16')
+    _, _, args.device = rh.start(args.device, args.seed)
+    with torch.no_grad():
+        FIGURES[args.figure](args)
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('figure', choices=FIGURES)
+    p.add_argument('--fits', type=Path, nargs='+', default=[Path('fits')])
+    p.add_argument('--runs', type=Path, default=Path('runs'))
+    p.add_argument('--portrait', type=Path, nargs='+')
+    p.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
+    p.add_argument('--out', type=Path, default=Path('assets'))
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--device', help='cuda where there is one, else cpu')
+    return p.parse_args(argv)
+
+if __name__ == '__main__':
+    main(parse())
