@@ -6,7 +6,7 @@
 
 Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in weights/. Writes samples/<name>/:
 portrait.png (what the model saw; portrait1.png and so on of further ones), grid.png (each avatar from six sides), turntable.webp and
-turntable.gif, planes.pt (fp16).
+turntable.gif, viewer.html (one file to open in a browser; viewer1.html and so on of further avatars), planes.pt (fp16).
 """
 import argparse
 import time
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import export
 import rodinhd as rh
 
 SIDES = (0, 320, 40, 270, 90, 180)      # azimuths of the grid's views, degrees: the frames of the turntable nearest to them
@@ -57,8 +58,9 @@ def main(args):
     folder = args.out / (args.name or (portraits[0].stem if portraits else 'unconditional'))
     columns = -(-count // max(1, int(count ** 0.5)))                    # the turntable tiles the avatars
     intrinsics, turns = rh.intrinsics_of(34.0, args.size).to(device), []
+    seen = [Image.fromarray(((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for square in (squares if portraits else ())]
     bar = tqdm(total=count * args.frames, desc='rendering')
-    for p in planes:
+    for k, p in enumerate(planes):
         field = rh.PlaneField(p, models['decoder'])
         grid, turn = rh.grid_for(field, config, device, threshold=10 * config.steps / 1024), []     # the paper's: haze is not drawn
         for i in range(args.frames):
@@ -67,14 +69,15 @@ def main(args):
             turn.append((view * 255).round().byte().cpu().numpy())
             bar.update()
         turns.append(turn)
+        few = [Image.fromarray(turn[i * len(turn) // 12]) for i in range(12)] if len(turn) > 12 else map(Image.fromarray, turn)
+        export.write_viewer(folder / f'viewer{k or ""}.html', p, models['decoder'], grid, few, seen[k // args.count] if seen else None)
     rows = [np.concatenate([turn[round(side / 360 * args.frames) % args.frames] for side in SIDES], axis=1) for turn in turns]
     bar.close()
-    for i, square in enumerate(squares if portraits else ()):
-        seen = Image.fromarray(((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-        save_image(folder / f'portrait{i or ""}.png', seen)
-        seen = np.asarray(seen.resize((args.size, args.size), Image.LANCZOS))
+    for i, portrait in enumerate(seen):
+        save_image(folder / f'portrait{i or ""}.png', portrait)
+        small = np.asarray(portrait.resize((args.size, args.size), Image.LANCZOS))
         for k in range(i * args.count, (i + 1) * args.count):
-            rows[k] = np.concatenate([seen, rows[k]], axis=1)
+            rows[k] = np.concatenate([small, rows[k]], axis=1)
     save_image(folder / 'grid.png', Image.fromarray(np.concatenate(rows)))
     blank = np.full_like(turns[0][0], 255)
     turns += [[blank] * args.frames] * (-len(turns) % columns)
@@ -82,7 +85,7 @@ def main(args):
     save_animation(folder, [np.concatenate([np.concatenate([t[f] for t in row], axis=1) for row in tiles]) for f in range(args.frames)])
     rh.write_checkpoint(folder / 'planes.pt', 'avatars', {
         'planes': planes.cpu().half(), 'low': low.cpu().half(), 'seed': args.seed, 'config': vars(config)})
-    print(f'written to {folder}: grid.png, turntable.webp, turntable.gif, planes.pt')
+    print(f'written to {folder}: grid.png, turntable.webp, turntable.gif, viewer.html, planes.pt')
 
 
 def parse(argv=None):

@@ -58,7 +58,8 @@ def test_the_whole_walk(walk):
         line = json.loads((walk / f'runs/{stage}.jsonl').read_text().splitlines()[-1])
         assert line['step'] == 3 and terms < line.keys()
     assert {p.name for p in (walk / 'samples/me').iterdir()} == {
-        'portrait.png', 'portrait1.png', 'grid.png', 'turntable.webp', 'turntable.gif', 'planes.pt'}
+        'portrait.png', 'portrait1.png', 'grid.png', 'turntable.webp', 'turntable.gif', 'planes.pt',
+        'viewer.html', 'viewer1.html', 'viewer2.html', 'viewer3.html'}
     assert Image.open(walk / 'samples/me/grid.png').size == (7 * 32, 4 * 32)                       # two portraits, two avatars each
     assert Image.open(walk / 'samples/unconditional/turntable.gif').n_frames == 2
     table = json.loads((walk / 'results/evaluate.json').read_text())['mean']
@@ -234,7 +235,7 @@ def test_layout():
     lines = (ROOT / 'rodinhd.py').read_text().splitlines()
     chapters = [int(m.group(1)) for line in lines if (m := re.match(r'# (\d+) .*---$', line))]
     assert chapters == list(range(1, 12)) and len(lines) <= 1300
-    for name in [*SCRIPTS, 'batches.py']:
+    for name in [*SCRIPTS, 'batches.py', 'export.py']:
         text = (ROOT / name).read_text()
         assert len(text.splitlines()) <= (450 if name == 'evaluate.py' else 250)
         assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate|figures)\b', text, re.M)
