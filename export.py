@@ -1,4 +1,4 @@
-"""Avatars for elsewhere: the viewer, one HTML file that draws the avatar in a browser.
+"""Avatars for elsewhere: the viewer, one HTML file that draws the avatar in a browser, and meshes for Blender and games.
 
 The shader of viewer.html holds the decoder as an array of vec4; `pack_decoder` says in which order.
 """
@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import rodinhd as rh
@@ -66,3 +67,55 @@ def write_viewer(path, planes, decoder, grid, frames, portrait=None):
     page = (Path(__file__).parent / 'viewer.html').read_text(encoding='utf-8')
     with rh.atomic(path) as temporary:
         temporary.write_text(page.replace('const DATA = null;', f'const DATA = {json.dumps(data)};'), encoding='utf-8')
+
+@torch.no_grad()
+def density_lattice(field, grid, N):
+    """Density at the N^3 points of a lattice over the box, (N, N, N), and zero where the occupancy grid is empty."""
+    axis, sigma = torch.linspace(-1, 1, N, device=grid.values.device), torch.zeros(N ** 3)
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing='ij'), dim=-1).view(-1, 3)
+    near = grid.near_occupied.view(-1)
+    for part in torch.arange(N ** 3).split(2 ** 18):
+        inside = near[grid.cell(points[part])].cpu()
+        if inside.any():
+            sigma[part[inside]] = field(points[part[inside]])[0].float().cpu()
+    return sigma.view(N, N, N)
+
+@torch.no_grad()
+def mesh_of(field, grid, N=192, level=10.0, triangles=None):
+    """A field as a trimesh.Trimesh in the unit cube [-1, 1]^3, Z up, face along -Y: marching cubes of the density at `level`, its largest
+    component, coloured as seen along the normal; at most about `triangles` triangles."""
+    try:
+        import trimesh
+        from scipy import ndimage
+        from skimage.measure import marching_cubes
+    except ImportError as error:
+        rh.stop(f'a mesh needs the {error.name} package: pip install scikit-image trimesh fast-simplification')
+    sigma = density_lattice(field, grid, N)
+    labels, count = ndimage.label(sigma.numpy() > level)
+    if not count:
+        rh.stop(f'a mesh: nothing in this avatar is denser than {level:g}')
+    largest = np.bincount(labels.ravel())[1:].argmax() + 1
+    solid = ndimage.binary_dilation(labels == largest, iterations=2)
+    log = np.where(solid, np.log(sigma.clamp(min=1e-3)), np.log(1e-3))  # log density is nearly linear across the surface
+    vertices, faces, _, _ = marching_cubes(np.pad(log, 1, constant_values=np.log(1e-3)), np.log(level))
+    mesh = trimesh.Trimesh((vertices - 1) * (2 / (N - 1)) - 1, faces[:, ::-1], process=True)
+    mesh = max(mesh.split(only_watertight=False), key=lambda part: len(part.faces))
+    if triangles and len(mesh.faces) > triangles:
+        try:
+            mesh = mesh.simplify_quadric_decimation(face_count=triangles)
+        except ImportError as error:
+            rh.stop(f'fewer triangles need the {error.name} package: pip install fast-simplification')
+    device = grid.values.device
+    points = torch.tensor(np.asarray(mesh.vertices), dtype=torch.float32, device=device).clamp(-1, 1)
+    normals = torch.tensor(np.asarray(mesh.vertex_normals), dtype=torch.float32, device=device)
+    colours = torch.cat([field(p, -n)[1] for p, n in zip((points - 0.01 * normals).clamp(-1, 1).split(2 ** 16), normals.split(2 ** 16))])
+    mesh.visual.vertex_colors = (colours.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return mesh
+
+def write_mesh(path, mesh):
+    """A mesh as .glb (Y up, as glTF wants it), .ply or .obj (Z up); units are those of the unit cube."""
+    mesh = mesh.copy()
+    if path.suffix == '.glb':
+        mesh.apply_transform([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+    with rh.atomic(path) as temporary:
+        mesh.export(temporary)

@@ -3,10 +3,12 @@
     python sample.py --portrait me.png
     python sample.py --portrait me.png you.png --count 2        several portraits, two avatars each, in one go
     python sample.py --unconditional --count 4 --seed 7
+    python sample.py --portrait me.png --mesh avatar.glb        also a mesh, for Blender and games
 
 Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in weights/. Writes samples/<name>/:
 portrait.png (what the model saw; portrait1.png and so on of further ones), grid.png (each avatar from six sides), turntable.webp and
-turntable.gif, viewer.html (one file to open in a browser; viewer1.html and so on of further avatars), planes.pt (fp16).
+turntable.gif, viewer.html (one file to open in a browser; viewer1.html and so on of further avatars), the mesh that --mesh names, and
+planes.pt (fp16).
 """
 import argparse
 import time
@@ -38,8 +40,11 @@ def save_animation(folder, frames):
 
 
 def main(args):
-    if args.count < 1 or args.size < 16 or args.frames < 1 or (args.steps or 1) < 1 or not 0 <= args.eta <= 1:
-        rh.stop('--count, --frames and --steps must be at least 1, --size at least 16, --eta between 0 and 1')
+    numbers = [n for n in (args.count, args.frames, args.steps, args.triangles) if n is not None]
+    if min(numbers) < 1 or args.size < 16 or not 0 <= args.eta <= 1:
+        rh.stop('--count, --frames, --steps and --triangles must be at least 1, --size at least 16, --eta between 0 and 1')
+    if args.mesh and (args.mesh.suffix not in ('.glb', '.ply', '.obj') or args.mesh.name != str(args.mesh)):
+        rh.stop(f'--mesh {args.mesh}: give a file name with .glb, .ply or .obj; it goes where the rest goes (see --out)')
     _, _, device = rh.start(args.device, args.seed)
     portraits = [path for path in args.portrait or () if rh.open_image(path)]               # a bad file is told before the models load
     models = rh.load_models(args.runs, args.fits, device)
@@ -70,6 +75,9 @@ def main(args):
             bar.update()
         turns.append(turn)
         few = [Image.fromarray(turn[i * len(turn) // 12]) for i in range(12)] if len(turn) > 12 else map(Image.fromarray, turn)
+        if args.mesh:
+            mesh = export.mesh_of(field, grid, triangles=args.triangles)
+            export.write_mesh(folder / f'{args.mesh.stem}{k or ""}{args.mesh.suffix}', mesh)
         export.write_viewer(folder / f'viewer{k or ""}.html', p, models['decoder'], grid, few, seen[k // args.count] if seen else None)
     rows = [np.concatenate([turn[round(side / 360 * args.frames) % args.frames] for side in SIDES], axis=1) for turn in turns]
     bar.close()
@@ -101,6 +109,8 @@ def parse(argv=None):
     p.add_argument('--bf16', action=argparse.BooleanOptionalAction, help='autocast to bfloat16 (default: on a GPU)')
     p.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
     p.add_argument('--frames', type=int, default=36, help='frames of the turntable')
+    p.add_argument('--mesh', type=Path, metavar='FILE', help='a mesh too: .glb (Y up), .ply or .obj (Z up), in the unit cube [-1, 1]^3')
+    p.add_argument('--triangles', type=int, help='at most about this many in the mesh (default: all, some 300,000)')
     p.add_argument('--name', help='folder in --out (default: the portrait\'s name)')
     p.add_argument('--out', type=Path, default=Path('samples'))
     p.add_argument('--runs', type=Path, default=Path('runs'))
