@@ -6,8 +6,7 @@
     torchrun --standalone --nproc_per_node=8 fit.py ...        one avatar a GPU at a time; several machines: torchrun --nnodes
     python fit.py --decoder --data lego --downscale 2 --seconds 200     one scene in NeRF-synthetic format with its own decoder
 
-Reads data/<id>/, writes fits/decoder.pt, fits/<id>.pt (fp16 planes), and the PSNR of held-out views in decoder.json and fit.json. The same
-command goes on after an interruption.
+Reads data/<id>/, writes fits/decoder.pt, fits/<id>.pt (fp16 planes), held-out PSNR (decoder.json, fit.json). Goes on if interrupted.
 """
 import argparse
 import contextlib
@@ -30,6 +29,13 @@ def load(folder, args):
     """Training views, held-out views (or None) and box of an avatar."""
     box = rh.read_box(folder)
     return rh.load_views(folder, 'train', box, args.downscale), rh.load_views(folder, 'test', box, args.downscale, args.held_out), box
+
+def load_decoder(folder, config, device):
+    """The decoder of a folder, frozen; stops where it has other sizes than config."""
+    decoder = rh.load_model('decoder', folder, device)
+    if differing := [k for k in ('channels', 'decoder_width') if getattr(decoder.config, k) != getattr(config, k)]:
+        rh.stop(f'{folder}/decoder.pt: has other {" and ".join(differing)}; use --preset {decoder.config.preset}, or train it again')
+    return decoder
 
 @torch.no_grad()
 def new_planes(decoder, generator):
@@ -105,17 +111,14 @@ def fit_decoder(args, config, rank, world, device):
     count = min(config.fit_avatars, len(folders))
     folders = [folders[i * len(folders) // count] for i in range(count)]        # spread, so that neighbours in name do not crowd it
     outer, inner = (config.outer, config.inner) if count > 1 else (1, config.outer * config.inner)     # one avatar cannot be forgotten
-    rounds = -(-count // world)
     folder, config_dict = args.fits / 'decoder-state', {
         **vars(config), 'seed': args.seed, 'downscale': args.downscale, 'seconds': args.seconds, 'init': str(args.init), 'ranks': world,
         'avatars': [path.name for path in folders]}
     if (args.fits / 'decoder.pt').exists() and not folder.exists() and rh.load_model('decoder', args.fits, device).config == config:
         return print(f'{args.fits}/decoder.pt is trained with these settings already; delete it to train again')
-    decoder = rh.Decoder(config).to(device)
-    if args.init:
-        decoder.load_state_dict(rh.load_model('decoder', args.init, device).state_dict())
+    decoder = load_decoder(args.init, config, device).requires_grad_(True) if args.init else rh.Decoder(config).to(device)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=config.lr_decoder, betas=(0.9, 0.99), eps=1e-15, weight_decay=config.weight_decay)
-    begin, history = 0, []
+    begin, history, rounds = 0, [], -(-count // world)
     if (folder / 'state.pt').exists():                                          # an interrupted run: go on after its last round
         state = rh.read_checkpoint(folder / 'state.pt', 'decoder-state')
         if differing := [k for k in config_dict if config_dict[k] != state['config'].get(k)]:
@@ -131,21 +134,17 @@ def fit_decoder(args, config, rank, world, device):
         e, place = n // rounds, n % rounds * world + rank
         optimizer.param_groups[0]['lr'] = config.lr_decoder * 0.1 ** (e / outer)
         if place < count:
-            path = folder / str(e % 2) / f'{folders[place].name}.pt'            # two sets in turn: a repeated round finds what it read
+            terms, name = {}, folders[place].name
+            path = folder / str(e % 2) / f'{name}.pt'                           # two sets in turn: a repeated round finds what it read
             views, _, _ = load(folders[place], args)
             saved = rh.read_checkpoint(folder / str((e - 1) % 2) / path.name, 'visit') if e else None
-            first = decoder.start.clone() if args.init else new_planes(decoder, torch.Generator().manual_seed(args.seed + place))
-            planes = saved['planes'] if saved else first
-            memory = saved['memory'] if saved and config.weight_iwc else {}
-            memory = {k: {m: v.to(device) for m, v in d.items()} for k, d in memory.items()} or None
-            terms = {}
-            def report(done, t, terms=terms, name=folders[place].name):
-                terms.update(t)
-                bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}')
+            first = decoder.start if args.init else new_planes(decoder, torch.Generator().manual_seed(args.seed + place))
+            memory = saved and config.weight_iwc and {k: {m: v.to(device) for m, v in d.items()} for k, d in saved['memory'].items()}
             planes, grid, memory = rh.fit_avatar(
-                views, planes, decoder, config, span=(e / outer, (e + 1) / outer), memory=memory, decoder_optimizer=optimizer,
+                views, saved['planes'] if saved else first, decoder, config, span=(e / outer, (e + 1) / outer), memory=memory or None,
                 steps=None if args.seconds else inner, seconds=args.seconds and args.seconds / outer, seed=args.seed + n,
-                sync=lambda: average_gradients(decoder.parameters()), report=report)
+                decoder_optimizer=optimizer, sync=lambda: average_gradients(decoder.parameters()), report=lambda done, t, terms=terms,
+                name=name: terms.update(t) or bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
             rh.write_checkpoint(path, 'visit', {'planes': planes.cpu(), 'memory': memory, 'grid': grid.values.cpu()})
         else:                                                                   # more ranks than avatars: keep step with the others
             finite = rh.Finite('decoder')
@@ -156,8 +155,7 @@ def fit_decoder(args, config, rank, world, device):
             optimizer.zero_grad()
         dist.barrier()
         if rank == 0:
-            fisher = max(v.max().item() for v in memory['fisher'].values())
-            record = {'visit': n, 'avatar': folders[place].name, 'fisher_max': fisher, **terms}
+            record = {'visit': n, 'avatar': name, 'fisher_max': max(v.max().item() for v in memory['fisher'].values()), **terms}
             if args.watch:
                 record['first_avatar_psnr'] = watch(folders[0], folder / str(e % 2), decoder, config, args)
             history.append(record)
@@ -165,23 +163,28 @@ def fit_decoder(args, config, rank, world, device):
                                 'decoder': decoder.state_dict(), 'optimizer': optimizer.state_dict()})
         bar.update()
     bar.close()
+    last = folder / str((outer - 1) % 2)
     if rank == 0:
-        visits = (rh.read_checkpoint(folder / str((outer - 1) % 2) / f'{path.name}.pt', 'visit')['planes'] for path in folders)
+        visits = (rh.read_checkpoint(last / f'{path.name}.pt', 'visit')['planes'] for path in folders)
         decoder.start = sum(rh.resize_planes(planes, config.resolution // 4) for planes in visits).to(device) / count
         rh.write_model(args.fits / 'decoder.pt', 'decoder', config, decoder.state_dict(), outer * rounds)
         with rh.atomic(args.fits / 'decoder.jsonl') as temporary:
             temporary.write_text(''.join(json.dumps(r) + '\n' for r in history))
-    scores = {}
-    for path in folders[rank::world]:
-        _, held_out, box = load(path, args)
-        saved = rh.read_checkpoint(folder / str((outer - 1) % 2) / f'{path.name}.pt', 'visit')
-        scores[path.name] = visit_psnr(saved, held_out, decoder, config) if held_out else []
-        if count == 1:                                                          # a lone scene is done: its decoder is its own
-            write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, decoder, scores[path.name], config_dict)
-    summary(args, 'decoder', scores)
+    measure_decoder(folders, last, decoder, config, args, config_dict)
     if rank == 0:                                                               # at once: half of it would be taken for another run
         shutil.rmtree(done := folder.with_name('.decoder-state.done'), ignore_errors=True)
         shutil.rmtree(folder.rename(done), ignore_errors=True)
+
+def measure_decoder(folders, last, decoder, config, args, settings):
+    """Held-out PSNR of the planes in folder `last` under the finished decoder; a lone scene's are written: it is done."""
+    scores = {}
+    for path in folders[dist.get_rank()::dist.get_world_size()]:
+        _, held_out, box = load(path, args)
+        saved = rh.read_checkpoint(last / f'{path.name}.pt', 'visit')
+        scores[path.name] = visit_psnr(saved, held_out, decoder, config) if held_out else []
+        if len(folders) == 1:
+            write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, decoder, scores[path.name], settings)
+    summary(args, 'decoder', scores)
 
 def watch(path, folder, decoder, config, args):
     """PSNR of the first avatar's planes, as they stand, under the decoder of this moment: the forgetting curve (Fig. 2)."""
@@ -192,10 +195,7 @@ def watch(path, folder, decoder, config, args):
 
 def fit_planes(args, config, rank, world, device):
     """Second stage: the decoder is frozen, avatars are independent, each rank takes every world-th; finished ones are skipped."""
-    decoder = rh.load_model('decoder', args.fits, device)
-    if ((trained := decoder.config).channels, trained.decoder_width) != (config.channels, config.decoder_width):
-        rh.stop(f'{args.fits}/decoder.pt was trained with preset {trained.preset} ({trained.channels} channels); '
-                f'use --preset {trained.preset}, or run fit.py --decoder again')
+    decoder = load_decoder(args.fits, config, device)
     scores, folders = {}, rh.list_avatars(args.data)[:args.count]
     settings = {**{k: getattr(config, k) for k in SETTINGS}, 'seed': args.seed, 'downscale': args.downscale, 'seconds': args.seconds}
     bar = tqdm(folders[rank::world], disable=rank > 0, desc='avatars')

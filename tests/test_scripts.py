@@ -134,6 +134,17 @@ def test_fitting_the_decoder_goes_on_to_the_same_weights(walk, monkeypatch, tmp_
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_decoder_goes_on_from_another_one(walk, monkeypatch, tmp_path):
+    """lr_decoder=0 keeps it as it was; its starting planes become those of the new avatars."""
+    monkeypatch.chdir(walk)
+    command = ['--decoder', '--preset', 'tiny', '--init', 'fits', '--fits', tmp_path, '--set', 'inner=3', 'outer=1']
+    with pytest.raises(SystemExit, match=r'fits/decoder\.pt: has other decoder_width; use --preset tiny'):
+        run(fit, *command, 'decoder_width=12')
+    run(fit, *command, 'lr_decoder=0', 'weight_decay=0')
+    a, b = (rh.load_model('decoder', folder, 'cpu').state_dict() for folder in ('fits', tmp_path))
+    assert all(torch.equal(a[k], b[k]) == (k != 'start') for k in a)
+
+
 def test_planes_of_another_decoder_are_fitted_again(walk, monkeypatch, tmp_path):
     monkeypatch.chdir(walk)
     command = ['--preset', 'tiny', '--count', 1, '--fits', tmp_path, '--set', 'inner=3', 'outer=1', 'fit_steps=3']
