@@ -1,4 +1,4 @@
-"""Avatars for elsewhere: the viewer, one HTML file that draws the avatar in a browser, and meshes for Blender and games.
+"""Avatars for elsewhere: pictures and films, the viewer (one HTML file that draws the avatar in a browser), meshes for Blender and games.
 
 The shader of viewer.html holds the decoder as an array of vec4; `pack_decoder` says in which order.
 """
@@ -9,9 +9,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import rodinhd as rh
 
+
+def save_image(path, image, **how):
+    """Writes a PIL image, whole or not at all."""
+    with rh.atomic(path) as temporary:
+        image.save(temporary, **how)
+
+def save_animation(folder, frames):
+    """frames: list of (H, W, 3) uint8 arrays -> turntable.webp, .gif and, with imageio-ffmpeg, .mp4, 12 frames a second; their names."""
+    images = [Image.fromarray(f) for f in frames]
+    save_image(folder / 'turntable.webp', images[0], save_all=True, append_images=images[1:], duration=83, loop=0, quality=85)
+    palette = [i.quantize(128, dither=Image.Dither.NONE) for i in images]
+    save_image(folder / 'turntable.gif', palette[0], save_all=True, append_images=palette[1:], duration=83, loop=0)
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        return ['turntable.webp', 'turntable.gif']
+    with rh.atomic(folder / 'turntable.mp4') as temporary:
+        film = imageio_ffmpeg.write_frames(str(temporary), images[0].size, fps=12, quality=8, macro_block_size=2, ffmpeg_log_level='error')
+        film.send(None)
+        for frame in frames:
+            film.send(np.ascontiguousarray(frame))
+        film.close()
+    return ['turntable.webp', 'turntable.gif', 'turntable.mp4']
 
 def pack_decoder(decoder):
     """The decoder's weights as the shader reads them, (vec4s, 4), and the sizes that it is compiled with. Channels are padded with zeros to
@@ -114,7 +138,7 @@ def mesh_of(field, grid, N=192, level=10.0, triangles=None):
 
 def write_mesh(path, mesh):
     """A mesh as .glb (Y up, as glTF wants it), .ply or .obj (Z up); units are those of the unit cube."""
-    mesh = mesh.copy()
+    path, mesh = Path(path), mesh.copy()
     if path.suffix == '.glb':
         mesh.apply_transform([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
     with rh.atomic(path) as temporary:

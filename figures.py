@@ -7,10 +7,11 @@
     python figures.py epipolar --portrait x.png              one line of the image while the camera moves (Figs. 9 and 16)
     python figures.py resolution --fits r32 r64 r128         the same view from planes of other sizes (Fig. 14)
     python figures.py denoising --portrait x.png             what the models take the avatar for, step by step (Fig. 15)
-    python figures.py interpolation --portrait x.png y.png   from one avatar to another (Rodin, Fig. 6)
     python figures.py neighbours --portrait x.png            a generated avatar beside its nearest training avatars (Rodin, Fig. 17)
+    python figures.py meshes --fits fits                     volumes and their meshes; needs trimesh, and embreex to be fast
 
---fits are folders of fit.py, of the same avatars; the models are those of runs/ or weights/, as for sample.py. Needs matplotlib.
+--fits are folders of fit.py, of the same avatars; the models are those of runs/ or weights/, as for sample.py. Needs matplotlib. From one
+avatar to another (Rodin, Fig. 6) goes sample.py --interpolate.
 """
 import argparse
 import json
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import export
 import rodinhd as rh
 
 
@@ -64,12 +66,10 @@ def fitted(folder, most=None):
     return {p.stem: rh.read_checkpoint(p, 'planes')['planes'].float() for p in paths} or rh.stop(f'{folder}: holds no planes of fit.py')
 
 def portrait(args, models, i=0):
-    """Portrait number i of the command line, as the networks take it."""
+    """Portrait number i of the command line, (1, 3, P, P) in [-1, 1]."""
     if not args.portrait or len(args.portrait) <= i:
-        rh.stop(f'figures.py {args.figure} needs --portrait' + (' with two images' if i else ''))
-    config = models['upsample'].config
-    image = rh.portrait_on_white(*rh.read_portrait(args.portrait[i], config.portrait))
-    return rh.encode_portrait(models['vae'], image[None].to(args.device), config)
+        rh.stop(f'figures.py {args.figure} needs --portrait')
+    return rh.portrait_on_white(*rh.read_portrait(args.portrait[i], models['upsample'].config.portrait))[None].to(args.device)
 
 def forgetting(args):
     figure, plot = axes("training of the decoder, share of its steps", "PSNR of the first avatar (dB)")
@@ -138,22 +138,12 @@ def resolution(args):
 def denoising(args):
     """x_start as the base model (upper row, enlarged) and then the upsample model (lower) predict it, first to last step."""
     models = rh.load_models(args.runs, args.fits[0], args.device)
-    condition, config, rows, low = portrait(args, models), models['upsample'].config, [], None
+    config, rows, low = models['upsample'].config, [], None
+    condition = rh.encode_portrait(models['vae'], portrait(args, models), config)
     for stage in ('base', 'upsample'):
         trajectory = []
         low = rh.sample_stage(stage, models[stage], condition, low, seed=args.seed, watch=trajectory.append)
         rows.append([view(rh.resize_planes(x[0], config.resolution), models['decoder'], args, 20) for x in trajectory])
-    save(args, rows)
-
-def interpolation(args):
-    models = rh.load_models(args.runs, args.fits[0], args.device)
-    a, b = (portrait(args, models, i) for i in (0, 1))
-    rows = [[], []]
-    for share in torch.linspace(0, 1, 7).tolist():
-        between = rh.Portrait(a.latent.lerp(b.latent, share), [x.lerp(y, share) for x, y in zip(a.maps, b.maps)])
-        planes, _ = rh.generate(models, between, seed=args.seed)
-        for row, azimuth in zip(rows, (0, 50)):
-            row.append(view(planes[0], models['decoder'], args, azimuth))
     save(args, rows)
 
 def neighbours(args):
@@ -166,7 +156,35 @@ def neighbours(args):
         rows.append([ours, *sorted(known, key=lambda image, ours=ours: float(F.mse_loss(image, ours)))[:3]])
     save(args, rows)
 
-FIGURES = {f.__name__: f for f in (forgetting, spectra, noise, schedules, epipolar, resolution, denoising, interpolation, neighbours)}
+def meshes(args):
+    """Three avatars of --fits (one folder) from four sides, as volumes and as meshes of 20,000 triangles; silhouettes' overlap, PSNR."""
+    import trimesh
+    planes, decoder = fitted(args.fits[0]), rh.load_model('decoder', args.fits[0], args.device)
+    rows, numbers = [], {}
+    for name in list(planes)[::max(len(planes) // 3, 1)][:3]:
+        field = rh.PlaneField(planes[name].to(args.device), decoder)
+        grid = rh.grid_for(field, decoder.config, args.device)
+        mesh = export.mesh_of(field, grid, triangles=20000)
+        volume, surface, scores = [], [], []
+        for azimuth in (0, 90, 180, 270):
+            pose, intrinsics = rh.orbit_pose(azimuth, 5), rh.intrinsics_of(34.0, args.size)
+            rgb, opacity = (x.cpu() for x in rh.render_view(field, pose.to(args.device), intrinsics.to(args.device), args.size, args.size,
+                                                            decoder.config.steps, grid))
+            rays_o, rays_d = rh.view_rays(pose, intrinsics, args.size, args.size)
+            hit, ray, face = mesh.ray.intersects_location(rays_o.numpy(), rays_d.numpy(), multiple_hits=False)
+            weights = trimesh.triangles.points_to_barycentric(mesh.triangles[face], hit)
+            colours = mesh.visual.vertex_colors[mesh.faces[face]][:, :, :3] / 255
+            image, solid = torch.ones(args.size ** 2, 3), torch.zeros(args.size ** 2, dtype=torch.bool)
+            image[ray], solid[ray] = torch.tensor(weights[:, None] @ colours, dtype=torch.float32)[:, 0], True
+            seen = opacity.view(-1) > 0.5
+            scores.append((rh.psnr(image.view_as(rgb), rgb), float((solid & seen).sum() / (solid | seen).sum())))
+            volume.append(rgb)
+            surface.append(image.view_as(rgb))
+        numbers[name] = dict(zip(('PSNR', 'overlap'), np.mean(scores, axis=0)), triangles=len(mesh.faces))
+        rows += [volume, surface]
+    save(args, rows, numbers)
+
+FIGURES = {f.__name__: f for f in (forgetting, spectra, noise, schedules, epipolar, resolution, denoising, neighbours, meshes)}
 
 def main(args):
     if args.size < 16:

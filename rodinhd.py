@@ -1129,17 +1129,17 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, condition=None, null=None, guidance=1.0, steps=10, eta=1.0,
-               generators=None, watch=lambda x_start: None, device='cpu', progress=False):
+               generators=None, mix=None, watch=lambda x_start: None, device='cpu', progress=False):
         """Planes of `shape` (B, 3, C, R, R) in [-1, 1], in `steps` even steps that begin at T - 1; ValueError unless 1 ... T. guidance: s
         in null + s (conditional - null); 1 never runs null. eta: 1 ancestral (with the learned variance, if any), below 1 DDIM
-        (Eqs. 12, 16). generators: one a sample. watch: called with each x_start."""
+        (Eqs. 12, 16). generators: one a sample; with mix (B, n), n of them, whose noise is mixed. watch: called with each x_start."""
         def draw():
-            return torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generators or [None] * shape[0]]).to(device)
+            noise = torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generators or [None] * shape[0]])
+            return (noise if mix is None else torch.tensordot(mix, noise, 1)).to(device)
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f'{steps} sampling steps of a process of {self.timesteps} timesteps')
         times = [round((i + 1) * self.timesteps / steps) - 1 for i in range(steps)]     # 99, 199, ..., 999 for 10 of 1000
-        halves, both = (1, condition) if guidance == 1 else (2, join(condition, null))
-        x = draw()
+        x, (halves, both) = draw(), (1, condition) if guidance == 1 else (2, join(condition, null))
         for i in tqdm(reversed(range(steps)), total=steps, desc='sampling', disable=not progress):
             alpha_bar, alpha_bar_prev = self.alpha_bar[times[i]].item(), self.alpha_bar[times[i - 1]].item() if i else 1.0
             beta = 1 - alpha_bar / alpha_bar_prev                                       # of the respaced chain, as is beta~
@@ -1265,7 +1265,7 @@ def load_model(kind, folder, device):
     model.config = config
     return model.requires_grad_(False).eval().to(device)
 
-def load_models(runs, fits, device):
+def load_models(runs='runs', fits='fits', device='cpu'):
     """All four models: of `runs`, with the decoder of `fits`, if a diffusion model was trained there, else those that ship, of weights/."""
     trained = any((Path(runs) / f'{kind}.pt').exists() for kind in ('base', 'upsample'))
     folders = {kind: Path(__file__).parent / 'weights' if not trained else fits if kind == 'decoder' else runs for kind in MODELS}
@@ -1280,20 +1280,21 @@ def diffusion_of(stage, config):
             Diffusion(config.up_schedule, config.up_timesteps, 'x_start'))
 
 @torch.no_grad()
-def sample_stage(stage, network, portrait, low=None, guidance=1.0, steps=None, eta=1.0, seed=0, watch=lambda x_start: None, progress=False):
-    """Planes (B, 3, C, R, R) in [-1, 1] of one stage; sample i of the batch draws its noise from seed + i, whatever the batch."""
+def sample_stage(stage, network, portrait, low=None, guidance=1.0, steps=None, eta=1.0, seed=0, mix=None, **how):
+    """Planes (B, 3, C, R, R) in [-1, 1] of one stage; noise i is that of seed + i, whatever the batch; see Diffusion.sample."""
     portrait, config, B, device = portrait._replace(lr=low), network.config, len(portrait.latent), portrait.latent.device
     size = config.base_resolution if stage == 'base' else config.resolution
     null = network.condition(drop(portrait)) if guidance != 1 else None
     return diffusion_of(stage, config).sample(
         network, (B, 3, config.channels, size, size), network.condition(portrait), null, guidance, steps or config.sample_steps, eta,
-        [torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(B)], watch, device, progress)
+        [torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(B if mix is None else mix.shape[1])], mix,
+        device=device, **how)
 
-def generate(models, portrait, guidance=None, steps=None, eta=1.0, seed=0, progress=False):
+def generate(models, portrait, guidance=None, steps=None, eta=1.0, seed=0, mix=None, progress=False):
     """A Portrait, images (B, 3, P, P) in [-1, 1], or a number of avatars of nobody -> planes, low-resolution planes; of load_models."""
     config, device = models['base'].config, next(models['base'].parameters()).device
     images = torch.zeros(portrait, 3, config.portrait, config.portrait) if isinstance(portrait, int) else portrait
     seen = images if isinstance(images, Portrait) else encode_portrait(models['vae'], images.to(device), config)
     seen, guidance = (drop(seen), 1.0) if isinstance(portrait, int) else (seen, config.guidance if guidance is None else guidance)
-    low = sample_stage('base', models['base'], seen, None, guidance, steps, eta, seed, progress=progress)
-    return sample_stage('upsample', models['upsample'], seen, low, 1.0, steps, eta, seed, progress=progress), low
+    low = sample_stage('base', models['base'], seen, None, guidance, steps, eta, seed, mix, progress=progress)
+    return sample_stage('upsample', models['upsample'], seen, low, 1.0, steps, eta, seed, mix, progress=progress), low

@@ -2,15 +2,17 @@
 
     python sample.py --portrait me.png
     python sample.py --portrait me.png you.png --count 2        several portraits, two avatars each, in one go
+    python sample.py --portrait me.png --interpolate you.png    from one to the other, while it turns
     python sample.py --unconditional --count 4 --seed 7
     python sample.py --portrait me.png --mesh avatar.glb        also a mesh, for Blender and games
 
 Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in weights/. Writes samples/<name>/:
-portrait.png (what the model saw; portrait1.png and so on of further ones), grid.png (each avatar from six sides), turntable.webp and
-turntable.gif, viewer.html (one file to open in a browser; viewer1.html and so on of further avatars), the mesh that --mesh names, and
-planes.pt (fp16).
+portrait.png (what the model saw; portrait1.png and so on of further ones), grid.png (each avatar from six sides), turntable.webp, .gif and
+.mp4 (where imageio-ffmpeg is installed), viewer.html (one file to open in a browser; viewer1.html and so on of further avatars), the mesh
+that --mesh names, and planes.pt (fp16). --interpolate writes strip.png (front and side of each avatar) in place of grid.png and viewers.
 """
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -23,77 +25,111 @@ import export
 import rodinhd as rh
 
 SIDES = (0, 320, 40, 270, 90, 180)      # azimuths of the grid's views, degrees: the frames of the turntable nearest to them
+STRIP = (0, 50)                         # of the strip's rows
 
 
-def save_image(path, image, **how):
-    """Writes a PIL image, whole or not at all."""
-    with rh.atomic(path) as temporary:
-        image.save(temporary, **how)
-
-
-def save_animation(folder, frames):
-    """frames: list of (H, W, 3) uint8 arrays -> turntable.webp, turntable.gif, 12 frames a second, looping."""
-    images = [Image.fromarray(f) for f in frames]
-    save_image(folder / 'turntable.webp', images[0], save_all=True, append_images=images[1:], duration=83, loop=0, quality=85)
-    palette = [i.quantize(128, dither=Image.Dither.NONE) for i in images]
-    save_image(folder / 'turntable.gif', palette[0], save_all=True, append_images=palette[1:], duration=83, loop=0)
-
-
-def main(args):
+def check(args):
+    """Stops where options make no sense, before anything is loaded."""
     numbers = [n for n in (args.count, args.frames, args.steps, args.triangles) if n is not None]
     if min(numbers) < 1 or args.size < 16 or not 0 <= args.eta <= 1:
         rh.stop('--count, --frames, --steps and --triangles must be at least 1, --size at least 16, --eta between 0 and 1')
     if args.mesh and (args.mesh.suffix not in ('.glb', '.ply', '.obj') or args.mesh.name != str(args.mesh)):
         rh.stop(f'--mesh {args.mesh}: give a file name with .glb, .ply or .obj; it goes where the rest goes (see --out)')
+    if args.interpolate and (len(args.portrait or ()) != 1 or args.count == 1):
+        rh.stop('--interpolate needs one --portrait to begin with, and a --count of at least 2')
+
+
+def interpolate(models, images, count, **how):
+    """Two images (2, 3, P, P) -> planes and low-resolution planes of `count` avatars from the first to the second: what the networks see of
+    the portraits is mixed linearly, the noise of seeds `seed` and `seed` + 1 on the sphere. how: see rh.generate."""
+    share = torch.linspace(0, 1, count)
+    seen = rh.encode_portrait(models['vae'], images, models['base'].config)
+    def between(x):
+        return torch.cat([x[:1].lerp(x[1:], s) for s in share.tolist()])
+    mix = torch.stack([torch.cos(share * math.pi / 2), torch.sin(share * math.pi / 2)], dim=1)
+    return rh.generate(models, rh.Portrait(between(seen.latent), [between(x) for x in seen.maps]), mix=mix, **how)
+
+
+def draw(field, grid, azimuth, args, config):
+    """One view of the turntable: (size, size, 3) uint8."""
+    device = grid.values.device
+    pose, intrinsics = rh.orbit_pose(azimuth, 5).to(device), rh.intrinsics_of(34.0, args.size).to(device)
+    view, _ = rh.render_view(field, pose, intrinsics, args.size, args.size, config.steps, grid)
+    return (view * 255).round().byte().cpu().numpy()
+
+
+def draw_each(folder, fields, seen, decoder, args, config):
+    """Every avatar turns: grid.png, turntables (tiled), viewers."""
+    turns, each = [], len(fields) // max(len(seen), 1)                  # avatars of a portrait
+    bar = tqdm(total=len(fields) * args.frames, desc='rendering')
+    for k, (field, grid) in enumerate(fields):
+        turn = []
+        for f in range(args.frames):
+            turn.append(draw(field, grid, 360 * f / args.frames, args, config))
+            bar.update()
+        turns.append(turn)
+        few = [Image.fromarray(turn[i * len(turn) // 12]) for i in range(12)] if len(turn) > 12 else map(Image.fromarray, turn)
+        export.write_viewer(folder / f'viewer{k or ""}.html', field.planes, decoder, grid, few, seen[k // each] if seen else None)
+    bar.close()
+    rows = [np.concatenate([turn[round(side / 360 * args.frames) % args.frames] for side in SIDES], axis=1) for turn in turns]
+    if seen:
+        small = [np.asarray(portrait.resize((args.size, args.size), Image.LANCZOS)) for portrait in seen]
+        rows = [np.concatenate([small[k // each], row], axis=1) for k, row in enumerate(rows)]
+    export.save_image(folder / 'grid.png', Image.fromarray(np.concatenate(rows)))
+    columns = -(-len(turns) // max(1, int(len(turns) ** 0.5)))
+    turns += [[np.full_like(turns[0][0], 255)] * args.frames] * (-len(turns) % columns)
+    tiles = [turns[i:i + columns] for i in range(0, len(turns), columns)]
+    frames = [np.concatenate([np.concatenate([t[f] for t in row], axis=1) for row in tiles]) for f in range(args.frames)]
+    return ['grid.png', *export.save_animation(folder, frames), 'viewer.html']
+
+
+def draw_passage(folder, fields, args, config):
+    """One avatar becomes another: strip.png (front and side of each), and a turntable along the way."""
+    bar = tqdm(total=len(fields) * len(STRIP) + args.frames, desc='rendering')
+    def drawn(field, grid, azimuth):
+        bar.update()
+        return draw(field, grid, azimuth, args, config)
+    strip = np.concatenate([np.concatenate([drawn(*one, azimuth) for one in fields], axis=1) for azimuth in STRIP])
+    export.save_image(folder / 'strip.png', Image.fromarray(strip))
+    frames = [drawn(*fields[f * len(fields) // args.frames], 360 * f / args.frames) for f in range(args.frames)]
+    bar.close()
+    return ['strip.png', *export.save_animation(folder, frames)]
+
+
+def main(args):
+    check(args)
     _, _, device = rh.start(args.device, args.seed)
-    portraits = [path for path in args.portrait or () if rh.open_image(path)]               # a bad file is told before the models load
+    paths = [path for path in (args.portrait or []) + [args.interpolate] * bool(args.interpolate) if rh.open_image(path)]   # bad ones first
     models = rh.load_models(args.runs, args.fits, device)
     config = models['upsample'].config
     if (args.steps or 1) > min(config.base_timesteps, config.up_timesteps):
         rh.stop(f'--steps {args.steps}: the models have {config.base_timesteps} and {config.up_timesteps} timesteps')
-    images = count = args.count * max(len(portraits), 1)
-    if portraits:
-        squares = torch.stack([rh.portrait_on_white(*rh.read_portrait(path, config.portrait)) for path in portraits])
-        images = squares.repeat_interleave(args.count, dim=0)
+    count = args.count or (8 if args.interpolate else 1)                # of each portrait
+    folder = args.out / (args.name or (paths[0].stem if paths else 'unconditional'))
+    squares = [rh.portrait_on_white(*rh.read_portrait(path, config.portrait)) for path in paths]
+    images = torch.stack(squares).to(device) if squares else count
+    how = dict(guidance=args.guidance, steps=args.steps, eta=args.eta, seed=args.seed, progress=True)
     began = time.monotonic()
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if args.bf16 is None else args.bf16):
-        planes, low = rh.generate(models, images, args.guidance, args.steps, args.eta, args.seed, progress=True)
-    print(f'{count} avatar(s) sampled in {time.monotonic() - began:.1f} s')
+        if args.interpolate:
+            planes, low = interpolate(models, images, count, **how)
+        else:
+            planes, low = rh.generate(models, images.repeat_interleave(count, dim=0) if squares else count, **how)
+    print(f'{len(planes)} avatar(s) sampled in {time.monotonic() - began:.1f} s')
 
-    folder = args.out / (args.name or (portraits[0].stem if portraits else 'unconditional'))
-    columns = -(-count // max(1, int(count ** 0.5)))                    # the turntable tiles the avatars
-    intrinsics, turns = rh.intrinsics_of(34.0, args.size).to(device), []
-    seen = [Image.fromarray(((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for square in (squares if portraits else ())]
-    bar = tqdm(total=count * args.frames, desc='rendering')
-    for k, p in enumerate(planes):
-        field = rh.PlaneField(p, models['decoder'])
-        grid, turn = rh.grid_for(field, config, device, threshold=10 * config.steps / 1024), []     # the paper's: haze is not drawn
-        for i in range(args.frames):
-            pose = rh.orbit_pose(360 * i / args.frames, 5).to(device)
-            view, _ = rh.render_view(field, pose, intrinsics, args.size, args.size, config.steps, grid)
-            turn.append((view * 255).round().byte().cpu().numpy())
-            bar.update()
-        turns.append(turn)
-        few = [Image.fromarray(turn[i * len(turn) // 12]) for i in range(12)] if len(turn) > 12 else map(Image.fromarray, turn)
-        if args.mesh:
-            mesh = export.mesh_of(field, grid, triangles=args.triangles)
-            export.write_mesh(folder / f'{args.mesh.stem}{k or ""}{args.mesh.suffix}', mesh)
-        export.write_viewer(folder / f'viewer{k or ""}.html', p, models['decoder'], grid, few, seen[k // args.count] if seen else None)
-    rows = [np.concatenate([turn[round(side / 360 * args.frames) % args.frames] for side in SIDES], axis=1) for turn in turns]
-    bar.close()
+    seen = [Image.fromarray(((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for square in squares]
     for i, portrait in enumerate(seen):
-        save_image(folder / f'portrait{i or ""}.png', portrait)
-        small = np.asarray(portrait.resize((args.size, args.size), Image.LANCZOS))
-        for k in range(i * args.count, (i + 1) * args.count):
-            rows[k] = np.concatenate([small, rows[k]], axis=1)
-    save_image(folder / 'grid.png', Image.fromarray(np.concatenate(rows)))
-    blank = np.full_like(turns[0][0], 255)
-    turns += [[blank] * args.frames] * (-len(turns) % columns)
-    tiles = [turns[i:i + columns] for i in range(0, len(turns), columns)]
-    save_animation(folder, [np.concatenate([np.concatenate([t[f] for t in row], axis=1) for row in tiles]) for f in range(args.frames)])
+        export.save_image(folder / f'portrait{i or ""}.png', portrait)
     rh.write_checkpoint(folder / 'planes.pt', 'avatars', {
         'planes': planes.cpu().half(), 'low': low.cpu().half(), 'seed': args.seed, 'config': vars(config)})
-    print(f'written to {folder}: grid.png, turntable.webp, turntable.gif, viewer.html, planes.pt')
+    fields = [(field := rh.PlaneField(p, models['decoder']), rh.grid_for(field, config, device, threshold=10 * config.steps / 1024))
+              for p in planes]                                          # the paper's threshold: haze is not drawn
+    for k, (field, grid) in enumerate(fields if args.mesh else ()):
+        mesh = export.mesh_of(field, grid, triangles=args.triangles)
+        export.write_mesh(folder / f'{args.mesh.stem}{k or ""}{args.mesh.suffix}', mesh)
+    written = (draw_passage(folder, fields, args, config) if args.interpolate else
+               draw_each(folder, fields, seen, models['decoder'], args, config))
+    print(f'written to {folder}: {", ".join(written)}, planes.pt')
 
 
 def parse(argv=None):
@@ -101,7 +137,9 @@ def parse(argv=None):
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument('--portrait', type=Path, nargs='+', help='any images of faces, best head and shoulders from the front')
     what.add_argument('--unconditional', action='store_true', help='avatars of nobody')
-    p.add_argument('--count', type=int, default=1, help='how many avatars (of each portrait); avatar i draws its noise from seed + i')
+    p.add_argument('--interpolate', type=Path, metavar='IMAGE', help='from the portrait to this one, over --count avatars')
+    p.add_argument('--count', type=int, help='how many avatars (of each portrait), 1, with --interpolate 8; avatar i draws its noise from '
+                                             'seed + i')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--guidance', type=float, help='classifier-free guidance of the base model; 1 is none (default: the preset\'s)')
     p.add_argument('--steps', type=int, help='sampling steps of each model (default: the preset\'s)')

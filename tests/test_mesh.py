@@ -1,9 +1,13 @@
 """Meshes: where the density says, in the colours of the decoder, and readable by others without repair."""
+import functools
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import export
+import figures
 import rodinhd as rh
 
 trimesh = pytest.importorskip('trimesh')
@@ -57,3 +61,20 @@ def test_thin_air_has_no_mesh():
         return torch.full((len(points),), 1e-4), dirs
     with pytest.raises(SystemExit, match='nothing in this avatar is denser than 10'):
         export.mesh_of(air, rh.grid_for(air, rh.make_config('tiny')), N=32)
+
+
+def test_the_figure_measures_meshes_against_volumes(tiny, tmp_path, monkeypatch):
+    pytest.importorskip('fast_simplification')
+    monkeypatch.setattr(export, 'mesh_of', functools.partial(export.mesh_of, N=48))
+    decoder, planes = rh.Decoder(tiny), torch.zeros(3, 8, 32, 32)
+    with torch.no_grad():                                               # a box: dense where x, y and z are all below 0.5 in size
+        planes[:, -1, 8:24, 8:24] = 1.0
+        for p in decoder.parameters():
+            p.zero_()
+        decoder.sigma_net[0].weight[0, decoder.density_channels - 1] = 10.0
+        decoder.sigma_net[2].weight[0, 0], decoder.sigma_net[2].bias[0] = 1.5, -10.0
+    rh.write_model(tmp_path / 'fits/decoder.pt', 'decoder', tiny, decoder.state_dict(), 0)
+    rh.write_checkpoint(tmp_path / 'fits/a.pt', 'planes', {'planes': planes.half()})
+    figures.main(figures.parse(['meshes', '--fits', str(tmp_path / 'fits'), '--size', '32', '--out', str(tmp_path)]))
+    scores = json.loads((tmp_path / 'meshes.json').read_text())['a']
+    assert scores['overlap'] > 0.9 and scores['PSNR'] > 20 and scores['triangles'] <= 20000

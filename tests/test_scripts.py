@@ -1,10 +1,12 @@
 """The commands of the README, at tiny size: the whole walk from nothing to an avatar, under python and under torchrun."""
+import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -12,6 +14,7 @@ from PIL import Image
 
 import avatars
 import evaluate
+import export
 import figures
 import fit
 import rodinhd as rh
@@ -59,7 +62,8 @@ def test_the_whole_walk(walk):
         assert line['step'] == 3 and terms < line.keys()
     assert {p.name for p in (walk / 'samples/me').iterdir()} == {
         'portrait.png', 'portrait1.png', 'grid.png', 'turntable.webp', 'turntable.gif', 'planes.pt',
-        'viewer.html', 'viewer1.html', 'viewer2.html', 'viewer3.html'}
+        'viewer.html', 'viewer1.html', 'viewer2.html', 'viewer3.html'} | {
+        'turntable.mp4' for _ in ['imageio_ffmpeg'] if importlib.util.find_spec(_)}
     assert Image.open(walk / 'samples/me/grid.png').size == (7 * 32, 4 * 32)                       # two portraits, two avatars each
     assert Image.open(walk / 'samples/unconditional/turntable.gif').n_frames == 2
     table = json.loads((walk / 'results/evaluate.json').read_text())['mean']
@@ -167,6 +171,32 @@ def test_a_seed_gives_the_same_avatar_in_any_batch(walk, monkeypatch):
     assert torch.allclose(together[1], alone[0], atol=2e-2)             # avatar 1 of seed 0 is avatar 0 of seed 1
 
 
+def test_from_one_portrait_to_another(walk, monkeypatch):
+    """The ends are the avatars of the two portraits, each with its own noise."""
+    monkeypatch.chdir(walk)
+    first, last = (f'data/avatar_000{i}/train/r_000.png' for i in (0, 1))
+    how = ['--frames', 4, '--size', 16, '--name']
+    run(sample, '--portrait', first, '--interpolate', last, '--count', 3, *how, 'between')
+    run(sample, '--portrait', first, *how, 'first')
+    run(sample, '--portrait', last, '--seed', 1, *how, 'last')
+    between, a, b = (rh.read_checkpoint(f'samples/{n}/planes.pt', 'avatars')['planes'].float() for n in ('between', 'first', 'last'))
+    assert torch.allclose(between[0], a[0], atol=2e-2) and torch.allclose(between[2], b[0], atol=2e-2)
+    assert all((between[1] - x).abs().max() > 0.05 for x in (a[0], b[0]))
+    assert Image.open('samples/between/strip.png').size == (3 * 16, 2 * 16)
+    assert Image.open('samples/between/turntable.webp').n_frames == 4
+    with pytest.raises(SystemExit, match='--interpolate needs one --portrait'):
+        run(sample, '--unconditional', '--interpolate', last)
+
+
+def test_films(tmp_path):
+    ffmpeg = pytest.importorskip('imageio_ffmpeg')
+    frames = [np.full((34, 50, 3), 20 * i, dtype=np.uint8) for i in range(12)]                      # even sides, no multiples of 16
+    assert 'turntable.mp4' in export.save_animation(tmp_path, frames)
+    meta, *read = ffmpeg.read_frames(str(tmp_path / 'turntable.mp4'))
+    assert meta['size'] == (50, 34) and meta['fps'] == 12 and len(read) == 12
+    assert abs(int(np.frombuffer(read[6], np.uint8).mean()) - 120) < 6
+
+
 def command(*args, cwd):
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
 
@@ -239,6 +269,17 @@ def test_the_readmes_commands_parse():
         script = next((w for w in words if w in SCRIPTS), None)
         if script:
             SCRIPTS[script].parse(words[words.index(script) + 1:])
+
+
+def test_the_readmes_python_runs(walk, monkeypatch):
+    """The lines for those who write Python, as they stand, on tiny models."""
+    pytest.importorskip('trimesh')
+    pytest.importorskip('skimage')
+    program, = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
+    monkeypatch.chdir(walk)
+    scope = {}
+    exec(program.replace('me.png', 'data/avatar_0000/train/r_000.png'), scope)
+    assert scope['view'].shape == (256, 256, 3) and (walk / 'me.glb').stat().st_size > 1000
 
 
 def test_layout():
