@@ -19,9 +19,11 @@ import figures
 import fit
 import rodinhd as rh
 import sample
+import tables
 import train
 
-SCRIPTS = {'avatars.py': avatars, 'fit.py': fit, 'train.py': train, 'sample.py': sample, 'evaluate.py': evaluate, 'figures.py': figures}
+SCRIPTS = {'avatars.py': avatars, 'fit.py': fit, 'train.py': train, 'sample.py': sample, 'evaluate.py': evaluate, 'figures.py': figures,
+           'tables.py': tables}
 
 
 def run(module, *args):
@@ -253,6 +255,27 @@ fit.average_gradients([p], active=rank == 0); assert p.grad.tolist() == [2.0] * 
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+def test_tables(walk, monkeypatch, capsys):
+    """Two tables at a few steps each, without a process a command; what rows share is trained once."""
+    monkeypatch.chdir(walk)
+    monkeypatch.setattr(tables, 'call', lambda args, script, *options: run(SCRIPTS[script], *options))
+    small = ['--preset', 'tiny', '--test', 'data', '--set', 'inner=2', 'outer=2', 'fit_steps=2', 'base_steps=2', 'up_steps=2']
+    for table, rows in (('6', 9), ('4b', 4)):
+        tables.run(tables.parse(['run', table, *small, '--out', 'shown']))
+        content = json.loads((walk / f'shown/table_{table}.json').read_text())
+        assert len(content['rows']) == rows and all(len(v) == 1 for row in content['rows'].values() for v in row['ours'].values())
+        assert tables.as_markdown(content) in capsys.readouterr().out
+    assert len(list((walk / 'tables').glob('upsample_*'))) == 2         # 4b: one with the linear schedule, one that three rows share
+    models = [rh.load_model('base', walk / 'tables' / f'base_{s}seed0', 'cpu') for s in ('tokens=none_base_schedule=linear_', '')]
+    assert [(m.config.tokens, m.config.base_schedule) for m in models] == [('none', 'linear'), ('multi', 'cosine')]
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    text = (ROOT / 'README.md').read_text()
+    for path in (ROOT / 'results').glob('table_*.json'):
+        assert tables.as_markdown(json.loads(path.read_text())) in text, f'{path.name}: run python tables.py readme'
+
+
 def readme_commands():
     text = (ROOT / 'README.md').read_text()
     blocks = re.findall(r'```(?:sh|bash)?\n(.*?)```', text, re.S)
@@ -272,9 +295,9 @@ def test_the_readmes_commands_parse():
 
 
 def test_the_readmes_python_runs(walk, monkeypatch):
-    """The lines for those who write Python, as they stand, on tiny models."""
-    pytest.importorskip('trimesh')
-    pytest.importorskip('skimage')
+    """The lines for those who write Python, as they stand, on tiny models, whose thin air has no mesh."""
+    trimesh = pytest.importorskip('trimesh')
+    monkeypatch.setattr(export, 'mesh_of', lambda field, grid: trimesh.creation.box())
     program, = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
     monkeypatch.chdir(walk)
     scope = {}
@@ -290,7 +313,7 @@ def test_layout():
     for name in [*SCRIPTS, 'batches.py', 'export.py']:
         text = (ROOT / name).read_text()
         assert len(text.splitlines()) <= (450 if name == 'evaluate.py' else 250)
-        assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate|figures)\b', text, re.M)
+        assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate|figures|tables)\b', text, re.M)
     assert set((ROOT / 'requirements.txt').read_text().split()) == {'torch', 'numpy', 'pillow', 'tqdm', 'lpips', 'scipy'}
 
 

@@ -1,0 +1,182 @@
+"""The papers' tables, run here: each row is one value of one option, beside the paper's figures.
+
+    python tables.py run 4a --data train --test test --seeds 3      results/table_4a.json; goes on after an interruption
+    python tables.py run 4b --data train --test test --fits fits    begins with planes, decoder and runs/vae.pt that are there
+    python tables.py readme                                         writes the tables of results/ into README.md
+
+4a (replay, weight decay, consolidation), 6 (resolution, channels), 4b (schedule, conditioning), rodin2 (latent, roll-out, 3D-aware
+convolution), rodin3 (image loss, condition augmentation). --set changes settings of all rows alike; what rows share is trained once.
+"""
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import rodinhd as rh
+
+HERE = Path(__file__).parent
+NO_REPLAY = ['outer=1', 'inner={total}', 'weight_iwc=0']
+GENERATED = ('PSNR', 'SSIM', 'VAE', 'FD-VAE')
+TABLES = {                              # title, columns, {row: (settings of each command, the paper's figures)}
+    '4a': ('Fitting (RodinHD, Table 4a): planes under the frozen decoder, avatars that it was not trained on', ('PSNR',), {
+        'A each avatar once, half the resolution': ({'fit': [*NO_REPLAY, 'resolution={half}']}, {'PSNR': 30.31}),
+        'B each avatar once': ({'fit': NO_REPLAY}, {'PSNR': 30.56}),
+        'C + task replay': ({'fit': ['weight_iwc=0']}, {'PSNR': 30.93}),
+        'D + weight decay': ({'fit': ['weight_iwc=0', 'weight_decay=1e-4']}, {'PSNR': 31.00}),
+        'E + consolidation in its place': ({'fit': []}, {'PSNR': 31.45})}),
+    '6': ('Resolution and channels (RodinHD, Table 6): one avatar with a decoder of its own', ('PSNR',), {
+        f'{size} x {channels}': ({'scene': [f'resolution={{{size}}}', f'channels={channels}']}, {'PSNR': paper})
+        for size, row in (('quarter', (30.15, 30.71, 31.21)), ('half', (30.24, 31.01, 31.44)), ('full', (30.38, 31.31, 31.60)))
+        for channels, paper in zip((4, 8, 16), row)}),
+    '4b': ('Generation (RodinHD, Table 4b)', GENERATED, {
+        'B linear schedules, global token': ({'base': ['tokens=none', 'base_schedule=linear'], 'upsample': ['up_schedule=linear']},
+                                             {'SSIM': 0.740, 'LPIPS': 0.324, 'FID': 35.84}),
+        'C + stronger schedules': ({'base': ['tokens=none'], 'upsample': []}, {'SSIM': 0.745, 'LPIPS': 0.318, 'FID': 27.74}),
+        'D + single-scale tokens': ({'base': ['tokens=single'], 'upsample': []}, {'SSIM': 0.763, 'LPIPS': 0.301, 'FID': 27.13}),
+        'E + multi-scale tokens': ({'base': [], 'upsample': []}, {'SSIM': 0.765, 'LPIPS': 0.299, 'FID': 26.49})}),
+    'rodin2': ('Base model (Rodin, Table 2)', GENERATED, {
+        'A planes as channels, no portrait': ({'base': ['tokens=none', 'roll_out=0', 'condition_drop=1'], 'upsample': []}, {'FID': 39.2}),
+        'B + latent conditioning': ({'base': ['tokens=none', 'roll_out=0'], 'upsample': []}, {'FID': 37.4}),
+        'C + roll-out': ({'base': ['tokens=none', 'base_aware=0'], 'upsample': []}, {'FID': 28.4}),
+        'D + 3D-aware convolution': ({'base': ['tokens=none'], 'upsample': []}, {'FID': 26.1})}),
+    'rodin3': ('Upsample model (Rodin, Table 3)', GENERATED, {
+        'A loss on the planes': ({'base': [], 'upsample': ['patches=0', 'up_degrade=0']}, {'FID': 48.5}),
+        'B + loss on images': ({'base': [], 'upsample': ['up_degrade=0']}, {'FID': 38.6}),
+        'C + condition augmentation': ({'base': [], 'upsample': []}, {'FID': 26.1})}),
+}
+
+
+def call(args, script, *options):
+    """One of the project's commands, under torchrun where there are several ranks; its failure ends this one."""
+    launcher = [] if args.ranks == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.ranks}']
+    command = [sys.executable, *launcher, str(HERE / script), *map(str, options)]
+    print('+', ' '.join(command[1:]), flush=True)
+    if subprocess.run(command).returncode:
+        rh.stop(f'tables.py: {script} failed; the same command goes on')
+
+
+def settings_of(settings, args):
+    """Options of a row: the preset, --set, and what the row changes, in sizes of the preset."""
+    config = rh.make_config(args.preset, args.set)
+    sizes = dict(quarter=config.resolution // 4, half=config.resolution // 2, full=config.resolution, total=config.inner * config.outer)
+    changed = [*args.set, *(s.format(**sizes) for s in settings)]
+    return ['--preset', args.preset, *(['--set', *changed] if changed else [])]
+
+
+def fitted(args, settings, seed):
+    """A decoder from --data, then planes of --test under it -> figures of the row."""
+    folder = folder_of(args, 'fit', settings, seed)
+    for data in (['--decoder', '--data', args.data], ['--data', args.test]):
+        call(args, 'fit.py', *data, '--fits', folder, '--seed', seed, *settings_of(settings, args))
+    scores = json.loads((folder / 'fit.json').read_text())['psnr']
+    return {'PSNR': statistics.mean(scores.values())}
+
+
+def scene(args, settings, seed):
+    """Avatar number `seed` of --test with a decoder of its own."""
+    avatars, folder = rh.list_avatars(args.test), folder_of(args, 'scene', settings, seed)
+    avatar = avatars[seed * len(avatars) // args.seeds]
+    call(args, 'fit.py', '--decoder', '--data', avatar, '--fits', folder, *settings_of(settings, args))
+    return {'PSNR': json.loads((folder / 'decoder.json').read_text())['psnr'][avatar.name]}
+
+
+def generated(args, of_stage, seed):
+    """Both models, from --fits and runs/vae.pt, then generated avatars of --test."""
+    folder = args.work / '-'.join(['both', *(folder_of(args, stage, s, seed).name for stage, s in of_stage.items())])
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, settings in of_stage.items():
+        runs = folder_of(args, stage, settings, seed)
+        runs.mkdir(parents=True, exist_ok=True)
+        for link, target in ((runs / 'vae.pt', args.runs / 'vae.pt'), (folder / 'vae.pt', args.runs / 'vae.pt'),
+                             (folder / f'{stage}.pt', runs / f'{stage}.pt')):
+            if not link.is_symlink():
+                link.symlink_to(target.resolve())
+        call(args, 'train.py', '--stage', stage, '--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed,
+             *settings_of(settings, args))
+    if not (folder / 'evaluate.json').exists():
+        call(args, 'evaluate.py', '--data', args.test, '--train', args.data, '--fits', args.fits, '--runs', folder, '--out', folder)
+    return json.loads((folder / 'evaluate.json').read_text())['mean']['generated']
+
+
+def folder_of(args, stage, settings, seed):
+    """Where a trained stage lies: named by what is special about it, so that rows which share it find it."""
+    return args.work / re.sub(r'[^\w.=-]', '', '_'.join([stage, *settings, f'seed{seed}']))
+
+
+def run(args):
+    title, columns, rows = TABLES[args.table]
+    path = args.out / f'table_{args.table}.json'
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    table = {'title': title, 'command': f'python tables.py {" ".join(map(str, args.words))}', 'commit': commit or 'unknown',
+             'hardware': torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPU cores, {platform.machine()}',
+             'rows': {row: {'paper': paper, 'ours': {c: [] for c in columns}} for row, (_, paper) in rows.items()}}
+    for seed in range(args.seeds):      # a whole table of one seed first
+        for row, (settings, _) in rows.items():
+            figures = (fitted(args, settings['fit'], seed) if 'fit' in settings else scene(args, settings['scene'], seed)
+                       if 'scene' in settings else generated(args, settings, seed))
+            for c in columns:
+                table['rows'][row]['ours'][c].append(round(figures[c], 4))
+            with rh.atomic(path) as temporary:
+                temporary.write_text(json.dumps(table, indent=1) + '\n')
+    print(as_markdown(table))
+
+
+def as_markdown(table):
+    """A table of results/ as README.md shows it: the paper's columns, then ours, mean and standard deviation over the seeds."""
+    rows = list(table['rows'].values())
+    theirs, ours = list(dict.fromkeys(c for row in rows for c in row['paper'])), list(rows[0]['ours'])
+    def cell(values):
+        digits = 2 if max(map(abs, values), default=0) >= 5 else 3
+        spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+        return f'{statistics.mean(values):.{digits}f}{spread}' if values else ''
+    head = ' | '.join([f'paper: {c}' for c in theirs] + [f'here: {c}' for c in ours])
+    lines = [f'**{table["title"]}**', '', f'| | {head} |', '|' + '---|' * (1 + len(theirs) + len(ours))]
+    lines += [f'| {name} | ' + ' | '.join([str(row['paper'].get(c, '')) for c in theirs] + [cell(row['ours'][c]) for c in ours]) + ' |'
+              for name, row in table['rows'].items()]
+    seeds = len(rows[0]['ours'][ours[0]])
+    return '\n'.join([*lines, '', f'`{table["command"]}`, {seeds} seed(s), {table["hardware"]}, commit {table["commit"]}.'])
+
+
+def readme(args):
+    """Puts each table of results/ between its two marks in README.md."""
+    text = (HERE / 'README.md').read_text()
+    for name in TABLES:
+        path, marks = args.out / f'table_{name}.json', (f'<!-- table {name} -->', '<!-- end -->')
+        if path.exists() and marks[0] in text:
+            before, after = text.split(marks[0])
+            text = f'{before}{marks[0]}\n{as_markdown(json.loads(path.read_text()))}\n{marks[1]}{after.split(marks[1], 1)[1]}'
+    with rh.atomic(HERE / 'README.md') as temporary:
+        temporary.write_text(text)
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest='command', required=True)
+    r = commands.add_parser('run', help='a table')
+    r.add_argument('table', choices=TABLES)
+    r.add_argument('--data', type=Path, default=Path('data'), help='avatars to train on')
+    r.add_argument('--test', type=Path, default=Path('test'), help='avatars to measure')
+    r.add_argument('--fits', type=Path, default=Path('fits'), help='4b, rodin2, rodin3: planes and decoder')
+    r.add_argument('--runs', type=Path, default=Path('runs'), help='4b, rodin2, rodin3: where vae.pt is')
+    r.add_argument('--work', type=Path, default=Path('tables'), help='what is trained goes here')
+    r.add_argument('--seeds', type=int, default=1)
+    r.add_argument('--ranks', type=int, default=1, help='processes of each command')
+    r.add_argument('--preset', default='small', choices=rh.PRESETS)
+    r.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='override settings of the preset in all rows')
+    for q in (r, commands.add_parser('readme', help='the tables of --out into README.md')):
+        q.add_argument('--out', type=Path, default=HERE / 'results')
+    args = p.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
+    return args
+
+
+if __name__ == '__main__':
+    args = parse()
+    {'run': run, 'readme': readme}[args.command](args)
