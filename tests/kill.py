@@ -38,15 +38,14 @@ STAGES = {                              # name: command, settings, files of the 
 
 def begin(folder, command, settings):
     script, *options = command
-    return subprocess.Popen([sys.executable, str(ROOT / script), *options, '--set', *settings], cwd=folder, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    with open(folder / 'stderr', 'wb') as stderr:                       # no pipe: nobody would read the progress bar
+        return subprocess.Popen([sys.executable, str(ROOT / script), *options, '--set', *settings], cwd=folder, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
 def finish(folder, command, settings):
-    process = begin(folder, command, settings)
-    _, err = process.communicate(timeout=1200)
-    if process.returncode:
-        rh.stop(f'{command}: failed undisturbed: {err.decode()[-300:]}')
+    if begin(folder, command, settings).wait(1200):
+        rh.stop(f'{command}: failed undisturbed: {(folder / "stderr").read_text()[-300:]}')
 
 
 def content(path):
@@ -92,7 +91,7 @@ def torture(stage, before, kills, rng):
                 process.wait(rng.uniform(1.5, 6) if row['kills'] < kills else None)
                 done = process.returncode == 0
                 if not done:
-                    rh.stop(f'{stage}: {process.stderr.read().decode()[-300:]}')
+                    rh.stop(f'{stage}: {(wild / "stderr").read_text()[-300:]}')
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()

@@ -23,15 +23,16 @@ TINY = ['--preset', 'tiny']
 
 def watch(folder, name, *command):
     """Runs a script in `folder`: resident MiB of its first and last tenth, and their ratio."""
-    process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=folder, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    with open(Path(folder) / 'stderr', 'wb') as stderr:                 # no pipe: nobody would read the progress bar
+        process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=folder, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     began, sizes = time.monotonic(), []
     while process.poll() is None:
         with open(f'/proc/{process.pid}/statm') as file:
             sizes.append(int((file.read().split() or [0, 0])[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20)
         time.sleep(0.2)
     if process.returncode:
-        rh.stop(f'{name}: {process.stderr.read().decode()[-300:]}')
+        rh.stop(f'{name}: {(Path(folder) / "stderr").read_text()[-300:]}')
     sizes = sizes[50:] if len(sizes) > 100 else sizes
     tenth = max(len(sizes) // 10, 1)
     first, last = (sum(part) / tenth for part in (sizes[:tenth], sizes[-tenth - 1:-1] or sizes[-1:]))
