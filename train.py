@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train.py --stage base --preset paper
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --stage base --preset paper
 
-`paper` conditions on SDXL's VAE: `--stage vae --vae sdxl_vae.safetensors` takes published weights instead of training. Reads data/ and
+`paper` conditions on SDXL's VAE: `--stage vae --vae sdxl_vae.safetensors` takes published weights instead of training. `--stage lora` tunes
+Stable Diffusion on portraits with captions in --data (see words.py) and writes runs/lora.safetensors. Reads data/ and
 fits/, writes runs/<stage>.pt (EMA weights, fp16), <stage>-state.pt (the same command goes on after an interruption), <stage>.jsonl (a line
 a logged step) and pictures. A run that was interrupted gives the same bits as one that was not, and any number of ranks does the same
 mathematics (see batches.py).
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import batches
 import rodinhd as rh
+import words
 
 
 class EMA:
@@ -147,7 +149,7 @@ def resume(path, settings, network, optimizer, ema, finite, log):
     return state['step']
 
 def main(args):
-    config = rh.make_config(args.preset, args.set)
+    config = words.make_settings(args.sd, args.set) if args.stage == 'lora' else rh.make_config(args.preset, args.set)
     rank, world, device = rh.start(args.device, args.seed)
     if args.stage == 'vae' and args.vae:
         return rh.write_model(args.runs / 'vae.pt', 'vae', config, rh.load_vae(args.vae, config).state_dict(), 0)
@@ -158,7 +160,8 @@ def main(args):
 
 def train(args, config, rank, world, device):
     steps, batch, lr = (getattr(config, f'{ {"upsample": "up"}.get(args.stage, args.stage) }_{x}') for x in ('steps', 'batch', 'lr'))
-    data, network, loss_of, picture = (prepare_vae if args.stage == 'vae' else prepare_diffusion)(args, config, device, world)
+    prepare = {'vae': prepare_vae, 'lora': words.prepare_lora}.get(args.stage, prepare_diffusion)
+    data, network, loss_of, picture = prepare(args, config, device, world)
     batch, path, log = max(batch // world, 1) * world, args.runs / f'{args.stage}-state.pt', args.runs / f'{args.stage}.jsonl'
     ema, finite = EMA(network.to(device), config.ema), rh.Finite(args.stage)
     bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
@@ -190,23 +193,28 @@ def train(args, config, rank, world, device):
             with open(log, 'a') as file:
                 file.write(json.dumps({'step': step, **values}) + '\n')
         if rank == 0 and ((step + 1) % max(args.save_every, 1) == 0 or step == steps - 1):
-            rh.write_model(args.runs / f'{args.stage}.pt', args.stage, config, ema.shadow, step + 1)
+            if args.stage == 'lora':
+                words.write_lora(args.runs / 'lora.safetensors', network, ema.shadow, config.trigger)
+            else:
+                rh.write_model(args.runs / f'{args.stage}.pt', args.stage, config, ema.shadow, step + 1)
             rh.write_checkpoint(path, path.stem, {
                 'settings': settings, 'step': step + 1, 'ema': ema.shadow, 'updates': ema.updates, 'skipped': finite.skipped,
                 'row': finite.row, 'model': network.state_dict(), 'optimizer': optimizer.state_dict()})
             with torch.no_grad():
-                image = picture(rh.load_model(args.stage, args.runs, device)).clamp(-1, 1).permute(2, 0, 3, 1).flatten(1, 2)
+                image = picture(ema.shadow if args.stage == 'lora' else rh.load_model(args.stage, args.runs, device))
+                image = image.clamp(-1, 1).permute(2, 0, 3, 1).flatten(1, 2)
             with rh.atomic(args.runs / f'{args.stage}.png') as temporary:
                 Image.fromarray(((image + 1) * 127.5).round().byte().cpu().numpy()).save(temporary)
     dist.barrier()
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--stage', required=True, choices=('vae', 'base', 'upsample'))
+    p.add_argument('--stage', required=True, choices=('vae', 'base', 'upsample', 'lora'))
     p.add_argument('--preset', default='small', choices=rh.PRESETS)
     for folder in ('data', 'fits', 'runs'):
         p.add_argument(f'--{folder}', type=Path, default=Path(folder))
     p.add_argument('--vae', type=Path, help='with --stage vae: published AutoencoderKL weights to take instead of training')
+    p.add_argument('--sd', default=words.SD, help='with --stage lora: folder or model id of a Stable Diffusion pipeline')
     p.add_argument('--workers', type=int, default=0, help='processes that read data')
     p.add_argument('--log-every', type=int, default=20, help='steps between log lines')
     p.add_argument('--save-every', type=int, default=500, help='steps between checkpoints and pictures')
