@@ -3,6 +3,7 @@
     python sample.py --portrait me.png
     python sample.py --portrait me.png you.png --count 2        several portraits, two avatars each, in one go
     python sample.py --portrait me.png --interpolate you.png    from one to the other, while it turns
+    python sample.py --prompt "a man with a red beard"          the portrait by Stable Diffusion (see words.py)
     python sample.py --unconditional --count 4 --seed 7
     python sample.py --portrait me.png --mesh avatar.glb        also a mesh, for Blender and games
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import export
 import rodinhd as rh
+import words
 
 SIDES = (0, 320, 40, 270, 90, 180)      # azimuths of the grid's views, degrees: the frames of the turntable nearest to them
 STRIP = (0, 50)                         # of the strip's rows
@@ -37,6 +39,8 @@ def check(args):
         rh.stop(f'--mesh {args.mesh}: give a file name with .glb, .ply or .obj; it goes where the rest goes (see --out)')
     if args.interpolate and (len(args.portrait or ()) != 1 or args.count == 1):
         rh.stop('--interpolate needs one --portrait to begin with, and a --count of at least 2')
+    if args.lora and args.prompt is None:
+        rh.stop('--lora goes with --prompt')
 
 
 def interpolate(models, images, count, **how):
@@ -105,7 +109,11 @@ def main(args):
     if (args.steps or 1) > min(config.base_timesteps, config.up_timesteps):
         rh.stop(f'--steps {args.steps}: the models have {config.base_timesteps} and {config.up_timesteps} timesteps')
     count = args.count or (8 if args.interpolate else 1)                # of each portrait
-    folder = args.out / (args.name or (paths[0].stem if paths else 'unconditional'))
+    name = paths[0].stem if paths else 'unconditional' if args.unconditional else words.name_of(args.prompt)
+    folder = args.out / (args.name or name)
+    if args.prompt is not None:
+        paths = [folder / 'prompt.png']
+        export.save_image(paths[0], words.portrait_of(args.prompt, args.sd, args.lora, args.seed, device))
     squares = [rh.portrait_on_white(*rh.read_portrait(path, config.portrait)) for path in paths]
     images = torch.stack(squares).to(device) if squares else count
     how = dict(guidance=args.guidance, steps=args.steps, eta=args.eta, seed=args.seed, progress=True)
@@ -136,8 +144,11 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument('--portrait', type=Path, nargs='+', help='any images of faces, best head and shoulders from the front')
+    what.add_argument('--prompt', help='words, of which Stable Diffusion makes the portrait: pip install diffusers transformers peft')
     what.add_argument('--unconditional', action='store_true', help='avatars of nobody')
     p.add_argument('--interpolate', type=Path, metavar='IMAGE', help='from the portrait to this one, over --count avatars')
+    p.add_argument('--sd', default=words.SD, help='with --prompt: folder or model id of a text-to-image pipeline of diffusers')
+    p.add_argument('--lora', type=Path, help='with --prompt: a LoRA, as train.py --stage lora writes it')
     p.add_argument('--count', type=int, help='how many avatars (of each portrait), 1, with --interpolate 8; avatar i draws its noise from '
                                              'seed + i')
     p.add_argument('--seed', type=int, default=0)

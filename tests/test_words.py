@@ -19,6 +19,7 @@ pytest.importorskip('peft', reason='needs peft')
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import rodinhd as rh  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 import words  # noqa: E402
 
@@ -96,6 +97,19 @@ def test_the_same_seed_gives_the_same_portrait(sd):
     first, again = picture('a man', sd, seed=3), picture('a man', sd, seed=3)
     assert first.shape == (16, 16, 3) and (first == again).all()
     assert (first != picture('a man', sd, seed=4)).mean() > 0.5 and (first != picture('a woman with red hair', sd, seed=3)).any()
+
+
+def test_sampling_begins_with_words(sd, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind, folder in (('decoder', 'fits'), ('vae', 'runs'), ('base', 'runs'), ('upsample', 'runs')):
+        rh.write_model(f'{folder}/{kind}.pt', kind, tiny, rh.MODELS[kind][0](tiny).state_dict(), 0)
+    command = ['--sd', str(sd), '--frames', '1', '--size', '16', '--steps', '2', '--device', 'cpu']
+    sample.main(sample.parse(['--prompt', 'A man: red beard', *command]))
+    assert {p.name for p in (tmp_path / 'samples/a-man-red-beard').iterdir()} > {'prompt.png', 'portrait.png', 'grid.png', 'planes.pt'}
+    with Image.open('samples/a-man-red-beard/prompt.png') as image:
+        assert (np.asarray(image) == np.asarray(words.portrait_of('A man: red beard', sd))).all()
+    with pytest.raises(SystemExit, match='--lora goes with --prompt'):
+        sample.main(sample.parse(['--unconditional', '--lora', 'x.safetensors', *command]))
 
 
 def test_the_lora_is_trained_and_stable_diffusion_is_not(trained, sd):
