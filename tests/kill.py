@@ -1,6 +1,7 @@
 """Kills every stage many times (kill -9) at random moments, starts it again each time, and compares with a run that nobody killed.
 
     python tests/kill.py --kills 20                 about 15 minutes on 2 cores; writes results/kills.json
+    python tests/kill.py --kills 5 --ranks 2        the same under torchrun; writes results/kills2.json
 
 After every kill each file must be readable and each avatar that was finished must still be there, the same; in the end all bits of the
 weights, EMA, optimiser and log must be those of the undisturbed run.
@@ -36,15 +37,17 @@ STAGES = {                              # name: command, settings, files of the 
                  ['runs/upsample-state.pt', 'runs/upsample.pt', 'runs/upsample.jsonl'])}
 
 
-def begin(folder, command, settings):
+def begin(folder, command, settings, ranks):
     script, *options = command
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
     with open(folder / 'stderr', 'wb') as stderr:                       # no pipe: nobody would read the progress bar
-        return subprocess.Popen([sys.executable, str(ROOT / script), *options, '--set', *settings], cwd=folder, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *options, '--set', *settings], cwd=folder,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
+                                env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
-def finish(folder, command, settings):
-    if begin(folder, command, settings).wait(1200):
+def finish(folder, command, settings, ranks):
+    if begin(folder, command, settings, ranks).wait(1200):
         rh.stop(f'{command}: failed undisturbed: {(folder / "stderr").read_text()[-300:]}')
 
 
@@ -72,13 +75,13 @@ def unreadable(folder):
     return bad, {p.name: content(p) for p in (folder / 'fits').glob('avatar_*.pt')}
 
 
-def torture(stage, before, kills, rng):
+def torture(stage, before, kills, ranks, rng):
     """Kills one stage `kills` times; `before`: a folder with what the stage needs -> a row of the table, folder with its result."""
     command, settings, results = STAGES[stage]
     calm, wild = before.with_name(f'{stage}-calm'), before.with_name(f'{stage}-wild')
     shutil.copytree(before, calm, symlinks=True)
     began = time.monotonic()
-    finish(calm, command, settings)
+    finish(calm, command, settings, ranks)
     row = dict.fromkeys(('kills', 'unreadable', 'lost avatars', 'runs', 'different'), 0)
     row['seconds undisturbed'] = round(time.monotonic() - began, 1)
     while row['kills'] < kills or not row['runs']:
@@ -86,15 +89,16 @@ def torture(stage, before, kills, rng):
         shutil.copytree(before, wild, symlinks=True)
         done, there = False, {}
         while not done:
-            process = begin(wild, command, settings)
+            process = begin(wild, command, settings, ranks)
             try:
-                process.wait(rng.uniform(1.5, 6) if row['kills'] < kills else None)
+                process.wait(rng.uniform(1.5, 6) + 5 * (ranks > 1) if row['kills'] < kills else None)
                 done = process.returncode == 0
                 if not done:
                     rh.stop(f'{stage}: {(wild / "stderr").read_text()[-300:]}')
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                time.sleep(0.5 * (ranks > 1))                           # until all ranks are gone
                 bad, now = unreadable(wild)
                 row['kills'] += 1
                 row['unreadable'] += bad
@@ -108,6 +112,7 @@ def torture(stage, before, kills, rng):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--kills', type=int, default=20, help='of each stage')
+    p.add_argument('--ranks', type=int, default=1, help='with several, results/kills<ranks>.json')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--out', type=Path, default=ROOT / 'results')
     args = p.parse_args()
@@ -118,9 +123,9 @@ def main():
         subprocess.run([sys.executable, str(ROOT / 'avatars.py'), *TINY, '--count', '60', '--data', str(Path(folder) / 'data')], check=True)
         (before / 'data').symlink_to(Path(folder) / 'data')
         for stage in STAGES:
-            table[stage], before = torture(stage, before, args.kills, rng)
+            table[stage], before = torture(stage, before, args.kills, args.ranks, rng)
             print(f'{stage:10s}' + ', '.join(f'{k} {v}' for k, v in table[stage].items()), flush=True)
-    with rh.atomic(args.out / 'kills.json') as temporary:
+    with rh.atomic(args.out / f'kills{args.ranks if args.ranks > 1 else ""}.json') as temporary:
         temporary.write_text(json.dumps(table, indent=1) + '\n')
 
 
