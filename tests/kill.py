@@ -7,6 +7,7 @@ After every kill each file must be readable and each avatar that was finished mu
 weights, EMA, optimiser and log must be those of the undisturbed run.
 """
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -42,7 +43,7 @@ def begin(folder, command, settings, ranks):
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
     with open(folder / 'stderr', 'wb') as stderr:                       # no pipe: nobody would read the progress bar
         return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *options, '--set', *settings], cwd=folder,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
                                 env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
@@ -96,9 +97,11 @@ def torture(stage, before, kills, ranks, rng):
                 if not done:
                     rh.stop(f'{stage}: {(wild / "stderr").read_text()[-300:]}')
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+                for pid in (process.pid, *map(int, children)):          # torchrun first, so that it does not see them die
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.wait()
-                time.sleep(0.5 * (ranks > 1))                           # until all ranks are gone
                 bad, now = unreadable(wild)
                 row['kills'] += 1
                 row['unreadable'] += bad
