@@ -1,6 +1,7 @@
 """Stage 3: a portrait -> an avatar that can be seen from all around.
 
     python sample.py --portrait me.png
+    python sample.py --portrait photograph.jpg --align          finds the face, frames it as the training portraits, drops the background
     python sample.py --portrait me.png you.png --count 2        several portraits, two avatars each, in one go
     python sample.py --portrait me.png --interpolate you.png    from one to the other, while it turns
     python sample.py --prompt "a man with a red beard"          the portrait by Stable Diffusion (see words.py)
@@ -8,9 +9,10 @@
     python sample.py --portrait me.png --mesh avatar.glb        also a mesh, for Blender and games
 
 Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in weights/. Writes samples/<name>/:
-portrait.png (what the model saw; portrait1.png and so on of further ones), grid.png (each avatar from six sides), turntable.webp, .gif and
-.mp4 (where imageio-ffmpeg is installed), viewer.html (one file to open in a browser; viewer1.html and so on of further avatars), the mesh
-that --mesh names, and planes.pt (fp16). --interpolate writes strip.png (front and side of each avatar) in place of grid.png and viewers.
+portrait.png (what the model saw; portrait1.png and so on of further ones), align.png (what --align did), grid.png (each avatar from six
+sides), turntable.webp, .gif and .mp4 (where imageio-ffmpeg is installed), viewer.html (one file for a browser; viewer1.html and so on
+of further avatars), the mesh that --mesh names, and planes.pt (fp16). --interpolate writes strip.png (front and side of each avatar) in
+place of grid.png and viewers.
 """
 import argparse
 import math
@@ -23,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import export
+import photo
 import rodinhd as rh
 import words
 
@@ -39,6 +42,8 @@ def check(args):
         rh.stop(f'--mesh {args.mesh}: give a file name with .glb, .ply or .obj; it goes where the rest goes (see --out)')
     if args.interpolate and (len(args.portrait or ()) != 1 or args.count == 1):
         rh.stop('--interpolate needs one --portrait to begin with, and a --count of at least 2')
+    if args.crop and (args.unconditional or len(args.portrait or [args.prompt]) + bool(args.interpolate) != 1):
+        rh.stop('--crop goes with one portrait')
     if args.lora and args.prompt is None:
         rh.stop('--lora goes with --prompt')
 
@@ -114,7 +119,9 @@ def main(args):
     if args.prompt is not None:
         paths = [folder / 'prompt.png']
         export.save_image(paths[0], words.portrait_of(args.prompt, args.sd, args.lora, args.seed, device))
-    squares = [rh.portrait_on_white(*rh.read_portrait(path, config.portrait)) for path in paths]
+    pairs = [photo.align(path, config.portrait, args.crop, folder / f'align{i or ""}.png') if args.align or args.crop else
+             rh.read_portrait(path, config.portrait) for i, path in enumerate(paths)]
+    squares = [rh.portrait_on_white(*pair) for pair in pairs]
     images = torch.stack(squares).to(device) if squares else count
     how = dict(guidance=args.guidance, steps=args.steps, eta=args.eta, seed=args.seed, progress=True)
     began = time.monotonic()
@@ -147,6 +154,8 @@ def parse(argv=None):
     what.add_argument('--prompt', help='words, of which Stable Diffusion makes the portrait: pip install diffusers transformers peft')
     what.add_argument('--unconditional', action='store_true', help='avatars of nobody')
     p.add_argument('--interpolate', type=Path, metavar='IMAGE', help='from the portrait to this one, over --count avatars')
+    p.add_argument('--align', action='store_true', help='of any photograph: find, level and frame the face, drop the background')
+    p.add_argument('--crop', type=int, nargs=3, metavar=('X', 'Y', 'SIZE'), help='--align to this square, where it does not find the face')
     p.add_argument('--sd', default=words.SD, help='with --prompt: folder or model id of a text-to-image pipeline of diffusers')
     p.add_argument('--lora', type=Path, help='with --prompt: a LoRA, as train.py --stage lora writes it')
     p.add_argument('--count', type=int, help='how many avatars (of each portrait), 1, with --interpolate 8; avatar i draws its noise from '

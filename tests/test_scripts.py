@@ -190,6 +190,17 @@ def test_from_one_portrait_to_another(walk, monkeypatch):
         run(sample, '--unconditional', '--interpolate', last)
 
 
+def test_sampling_from_a_crop(walk, monkeypatch):
+    if not hasattr(pytest.importorskip('cv2'), 'CascadeClassifier'):
+        pytest.skip('this OpenCV has no face cascades')
+    monkeypatch.chdir(walk)
+    face = 'data/avatar_0000/train/r_000.png'
+    run(sample, '--portrait', face, '--crop', 0, 0, 64, '--frames', 1, '--size', 16, '--name', 'cropped')
+    assert (walk / 'samples/cropped/align.png').exists() and Image.open(walk / 'samples/cropped/portrait.png').size == (64, 64)
+    with pytest.raises(SystemExit, match='--crop goes with one portrait'):
+        run(sample, '--portrait', face, face, '--crop', 0, 0, 64)
+
+
 def test_films(tmp_path):
     ffmpeg = pytest.importorskip('imageio_ffmpeg')
     frames = [np.full((34, 50, 3), 20 * i, dtype=np.uint8) for i in range(12)]                      # even sides, no multiples of 16
@@ -310,7 +321,7 @@ def test_layout():
     lines = (ROOT / 'rodinhd.py').read_text().splitlines()
     chapters = [int(m.group(1)) for line in lines if (m := re.match(r'# (\d+) .*---$', line))]
     assert chapters == list(range(1, 12)) and len(lines) <= 1300
-    for name in [*SCRIPTS, 'batches.py', 'export.py', 'words.py']:
+    for name in [*SCRIPTS, 'batches.py', 'export.py', 'photo.py', 'words.py']:
         text = (ROOT / name).read_text()
         assert len(text.splitlines()) <= (450 if name == 'evaluate.py' else 250)
         assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate|figures|tables)\b', text, re.M)
