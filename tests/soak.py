@@ -52,7 +52,8 @@ def main():
         watch(folder, 'decoder', 'fit.py', '--decoder', *TINY, '--set', 'inner=20')
         table = {'planes': watch(folder, 'planes', 'fit.py', *TINY, '--set', 'fit_steps=50')}
         for stage, name in (('vae', 'vae'), ('base', 'base'), ('upsample', 'up')):
-            table[stage] = watch(folder, stage, 'train.py', '--stage', stage, *TINY, '--set', f'{name}_steps={args.steps}')
+            table[stage] = watch(folder, stage, 'train.py', '--stage', stage, *TINY, '--save-every', args.steps // 40,
+                                 '--set', f'{name}_steps={args.steps}')     # checkpoints and pictures belong to the start, too
     with rh.atomic(args.out / 'soak.json') as temporary:
         temporary.write_text(json.dumps(table, indent=1) + '\n')
 
