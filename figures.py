@@ -8,7 +8,7 @@
     python figures.py resolution --fits r32 r64 r128         the same view from planes of other sizes (Fig. 14)
     python figures.py denoising --portrait x.png             what the models take the avatar for, step by step (Fig. 15)
     python figures.py neighbours --portrait x.png            a generated avatar beside its nearest training avatars (Rodin, Fig. 17)
-    python figures.py meshes --fits fits                     volumes and their meshes; needs trimesh, and embreex to be fast
+    python figures.py meshes --fits fits                     volumes and their meshes; needs trimesh and embreex
 
 --fits are folders of fit.py, of the same avatars; the models are those of runs/ or weights/, as for sample.py. Needs matplotlib. From one
 avatar to another (Rodin, Fig. 6) goes sample.py --interpolate.
@@ -158,7 +158,11 @@ def neighbours(args):
 
 def meshes(args):
     """Three avatars of --fits (one folder) from four sides, as volumes and as meshes of 20,000 triangles; silhouettes' overlap, PSNR."""
-    import trimesh
+    try:
+        import embreex  # noqa: F401
+        import trimesh
+    except ImportError as error:
+        rh.stop(f'meshes are drawn with the {error.name} package: pip install trimesh embreex scikit-image fast-simplification')
     planes, decoder = fitted(args.fits[0]), rh.load_model('decoder', args.fits[0], args.device)
     rows, numbers = [], {}
     for name in list(planes)[::max(len(planes) // 3, 1)][:3]:

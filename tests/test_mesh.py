@@ -64,7 +64,8 @@ def test_thin_air_has_no_mesh():
 
 
 def test_the_figure_measures_meshes_against_volumes(tiny, tmp_path, monkeypatch):
-    pytest.importorskip('fast_simplification')
+    for name in ('fast_simplification', 'embreex'):
+        pytest.importorskip(name)
     monkeypatch.setattr(export, 'mesh_of', functools.partial(export.mesh_of, N=48))
     decoder, planes = rh.Decoder(tiny), torch.zeros(3, 8, 32, 32)
     with torch.no_grad():                                               # a box: dense where x, y and z are all below 0.5 in size
