@@ -1170,13 +1170,14 @@ def one_line(kind, error, trace):
     print(f'error: {error}' if str(error) else 'interrupted; the same command goes on after the last file written', file=sys.stderr)
 
 def start(device=None, seed=0):
-    """Starts the process group, seeds PyTorch by seed and rank -> rank, world, device."""
+    """Starts the process group (patient: shards are uneven), seeds PyTorch by seed and rank -> rank, world, device."""
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
         stop(f'--device {device}: give cpu, or cuda where PyTorch sees a GPU')
     if not dist.is_initialized():
-        alone = {} if 'RANK' in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=7), **alone)  # shards are uneven
+        store, rank, world = next(dist.rendezvous('env://')) if 'RANK' in os.environ else (dist.HashStore(), 0, 1)
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)  # torchrun's still has what dead ranks wrote
+        dist.init_process_group('gloo' if device == 'cpu' else 'nccl', store=store, rank=rank, world_size=world, timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)
     (rank, world), sys.excepthook = (dist.get_rank(), dist.get_world_size()), one_line             # in place of torch.distributed's
     if device.startswith('cuda'):
@@ -1189,8 +1190,7 @@ def start(device=None, seed=0):
 @contextlib.contextmanager
 def atomic(path):
     """A temporary path beside `path` (same suffix) to write to, which becomes `path` if all goes well, and else leaves the old file be."""
-    path = Path(path)
-    temporary = path.with_name(f'.{os.getpid()}.tmp.{path.name}')
+    temporary = (path := Path(path)).with_name(f'.{os.getpid()}.tmp.{path.name}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
