@@ -3,6 +3,7 @@
     python train.py --stage vae                 then base, then upsample; each about minutes with --preset tiny
     torchrun --standalone --nproc_per_node=8 train.py --stage base --preset paper
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --stage base --preset paper
+    python train.py --stage base --init weights --set base_lr=1e-4      the model that ships, trained on with other avatars
 
 `paper` conditions on SDXL's VAE: `--stage vae --vae sdxl_vae.safetensors` takes published weights instead of training. `--stage lora` tunes
 Stable Diffusion on portraits with captions in --data (see words.py) and writes runs/lora.safetensors. Reads data/ and
@@ -162,12 +163,18 @@ def train(args, config, rank, world, device):
     steps, batch, lr = (getattr(config, f'{ {"upsample": "up"}.get(args.stage, args.stage) }_{x}') for x in ('steps', 'batch', 'lr'))
     prepare = {'vae': prepare_vae, 'lora': words.prepare_lora}.get(args.stage, prepare_diffusion)
     data, network, loss_of, picture = prepare(args, config, device, world)
+    if args.init:
+        trained = rh.load_model(args.stage, args.init, 'cpu')
+        try:
+            network.load_state_dict(trained.state_dict())
+        except RuntimeError:
+            rh.stop(f'{args.init}/{args.stage}.pt: has other sizes than asked for; use --preset {trained.config.preset}, or no --init')
     batch, path, log = max(batch // world, 1) * world, args.runs / f'{args.stage}-state.pt', args.runs / f'{args.stage}.jsonl'
     ema, finite = EMA(network.to(device), config.ema), rh.Finite(args.stage)
     bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0)
     files = zlib.crc32('\n'.join(Path(p).parent.name + Path(p).name for p in data.items.paths).encode())
-    settings = {**vars(config), 'batch': batch, 'seed': args.seed, 'bf16': bf16, 'data': files}
+    settings = {**vars(config), 'batch': batch, 'seed': args.seed, 'bf16': bf16, 'data': files, 'init': args.init and str(args.init)}
     begin = resume(path, settings, network, optimizer, ema, finite, log)
     if args.compile:
         network.compile()
@@ -214,6 +221,7 @@ def parse(argv=None):
     for folder in ('data', 'fits', 'runs'):
         p.add_argument(f'--{folder}', type=Path, default=Path(folder))
     p.add_argument('--vae', type=Path, help='with --stage vae: published AutoencoderKL weights to take instead of training')
+    p.add_argument('--init', type=Path, metavar='FOLDER', help='begin with the weights of FOLDER/<stage>.pt (not for lora)')
     p.add_argument('--sd', default=words.SD, help='with --stage lora: folder or model id of a Stable Diffusion pipeline')
     p.add_argument('--workers', type=int, default=0, help='processes that read data')
     p.add_argument('--log-every', type=int, default=20, help='steps between log lines')
@@ -223,7 +231,10 @@ def parse(argv=None):
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--device', help='cuda where there is one, else cpu')
     p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='override settings of the preset')
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.init and args.stage == 'lora':
+        p.error('--init: not with --stage lora')
+    return args
 
 if __name__ == '__main__':
     main(parse())
