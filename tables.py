@@ -100,9 +100,11 @@ def generated(args, of_stage, seed):
                 link.symlink_to(target.resolve())
         call(args, 'train.py', '--stage', stage, '--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed,
              *settings_of(settings, args))
-    if not (folder / 'evaluate.json').exists():
-        call(args, 'evaluate.py', '--data', args.test, '--train', args.data, '--fits', args.fits, '--runs', folder, '--out', folder)
-    return json.loads((folder / 'evaluate.json').read_text())['mean']['generated']
+    path = folder / f'{args.test.resolve().name}.json'
+    if not path.exists():
+        call(args, 'evaluate.py', '--data', args.test, '--train', args.data, '--fits', args.fits, '--runs', folder, '--out', folder,
+             '--name', path.stem)
+    return json.loads(path.read_text())['mean']['generated']
 
 
 def folder_of(args, stage, settings, seed):
