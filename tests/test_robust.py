@@ -128,17 +128,17 @@ def test_two_ranks_do_the_mathematics_of_one(trained):
 
 def test_training_begins_with_weights_that_are_there(trained):
     def run(runs, *settings, **more):
-        train.main(train.parse(list(map(str, training(trained, runs, 'base', 'base_batch=2', *settings, **more)))))
-        return rh.load_model('base', trained / runs, 'cpu').state_dict()
-    first = run('first', 'base_steps=3', 'base_lr=1e-2')
-    after = run('after', 'base_steps=1', 'base_lr=1e-6', init=trained / 'first')
-    anew = run('anew', 'base_steps=1', 'base_lr=1e-6')
+        train.main(train.parse(list(map(str, training(trained, runs, 'vae', 'vae_batch=2', *settings, **more)))))
+        return rh.load_model('vae', trained / runs, 'cpu').state_dict()
+    first = run('first', 'vae_steps=3', 'vae_lr=1e-2')
+    after = run('after', 'vae_steps=1', 'vae_lr=1e-6', init=trained / 'first')
+    anew = run('anew', 'vae_steps=1', 'vae_lr=1e-6')
     far = max((anew[k] - first[k]).abs().max() for k in first)
     assert max((after[k] - first[k]).abs().max() for k in first) < 1e-4 < far
     with pytest.raises(SystemExit, match=r'settings \(init\)'):
-        run('after', 'base_steps=1', 'base_lr=1e-6')
-    with pytest.raises(SystemExit, match=r'base\.pt: has other sizes than asked for; use --preset tiny'):
-        run('sizes', 'base_steps=1', 'base_width=16', init=trained / 'first')
+        run('after', 'vae_steps=1', 'vae_lr=1e-6')
+    with pytest.raises(SystemExit, match=r'vae\.pt: has other sizes than asked for; use --preset tiny'):
+        run('sizes', 'vae_steps=1', 'vae_latent=8', init=trained / 'first')
     with pytest.raises(SystemExit):
         train.parse(['--stage', 'lora', '--init', 'weights'])
 
