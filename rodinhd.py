@@ -1128,14 +1128,10 @@ class Diffusion:
         return terms, predicted
 
     @torch.no_grad()
-    def sample(self, model, shape, condition=None, null=None, guidance=1.0, steps=10, eta=1.0,
-               generators=None, mix=None, watch=lambda x_start: None, device='cpu', progress=False):
-        """Planes of `shape` (B, 3, C, R, R) in [-1, 1], in `steps` even steps that begin at T - 1; ValueError unless 1 ... T. guidance: s
-        in null + s (conditional - null); 1 never runs null. eta: 1 ancestral (with the learned variance, if any), below 1 DDIM
-        (Eqs. 12, 16). generators: one a sample; with mix (B, n), n of them, whose noise is mixed. watch: called with each x_start."""
-        def draw():
-            noise = torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generators or [None] * shape[0]])
-            return (noise if mix is None else torch.tensordot(mix, noise, 1)).to(device)
+    def sample(self, model, draw, condition=None, null=None, guidance=1.0, steps=10, eta=1.0, watch=lambda x_start: None, progress=False):
+        """Planes (B, 3, C, R, R) in [-1, 1], in `steps` even steps that begin at T - 1; ValueError unless 1 ... T. draw() gives unit noise
+        of that shape. guidance: s in null + s (conditional - null); 1 never runs null. eta: 1 ancestral (with the learned variance, if
+        any), below 1 DDIM (Eqs. 12, 16). watch: called with each x_start."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f'{steps} sampling steps of a process of {self.timesteps} timesteps')
         times = [round((i + 1) * self.timesteps / steps) - 1 for i in range(steps)]     # 99, 199, ..., 999 for 10 of 1000
@@ -1144,7 +1140,7 @@ class Diffusion:
             alpha_bar, alpha_bar_prev = self.alpha_bar[times[i]].item(), self.alpha_bar[times[i - 1]].item() if i else 1.0
             beta = 1 - alpha_bar / alpha_bar_prev                                       # of the respaced chain, as is beta~
             beta_tilde = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
-            t = torch.full((halves * len(x),), times[i] * 1000 / self.timesteps, device=device)
+            t = torch.full((halves * len(x),), times[i] * 1000 / self.timesteps, device=x.device)
             out, *free = model(torch.cat([x] * halves), t, both).float().chunk(halves)
             guided = free[0] + guidance * (out - free[0]) if free else out
             if self.learned_variance:
@@ -1281,14 +1277,17 @@ def diffusion_of(stage, config):
 
 @torch.no_grad()
 def sample_stage(stage, network, portrait, low=None, guidance=1.0, steps=None, eta=1.0, seed=0, mix=None, **how):
-    """Planes (B, 3, C, R, R) in [-1, 1] of one stage; noise i is that of seed + i, whatever the batch; see Diffusion.sample."""
-    portrait, config, B, device = portrait._replace(lr=low), network.config, len(portrait.latent), portrait.latent.device
-    size = config.base_resolution if stage == 'base' else config.resolution
+    """Planes (B, 3, C, R, R) in [-1, 1] of one stage; noise i is that of seed + i, whatever the batch, or, with mix (B, n), that of n seeds
+    mixed. steps, eta, watch, progress: see Diffusion.sample."""
+    portrait, config, device = portrait._replace(lr=low), network.config, portrait.latent.device
+    size, count = config.base_resolution if stage == 'base' else config.resolution, len(portrait.latent) if mix is None else mix.shape[1]
+    generators = [torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(count)]
+    def draw():
+        noise = torch.stack([torch.randn(3, config.channels, size, size, generator=g) for g in generators])
+        return (noise if mix is None else torch.tensordot(mix, noise, 1)).to(device)
     null = network.condition(drop(portrait)) if guidance != 1 else None
     return diffusion_of(stage, config).sample(
-        network, (B, 3, config.channels, size, size), network.condition(portrait), null, guidance, steps or config.sample_steps, eta,
-        [torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(B if mix is None else mix.shape[1])], mix,
-        device=device, **how)
+        network, draw, network.condition(portrait), null, guidance, steps or config.sample_steps, eta, **how)
 
 def generate(models, portrait, guidance=None, steps=None, eta=1.0, seed=0, mix=None, progress=False):
     """A Portrait, images (B, 3, P, P) in [-1, 1], or a number of avatars of nobody -> planes, low-resolution planes; of load_models."""
