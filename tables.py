@@ -95,15 +95,14 @@ def generated(args, of_stage, seed):
         runs = folder_of(args, stage, settings, seed)
         runs.mkdir(parents=True, exist_ok=True)
         for link, target in ((runs / 'vae.pt', args.runs / 'vae.pt'), (folder / 'vae.pt', args.runs / 'vae.pt'),
-                             (folder / f'{stage}.pt', runs / f'{stage}.pt')):
+                             (folder / 'decoder.pt', args.fits / 'decoder.pt'), (folder / f'{stage}.pt', runs / f'{stage}.pt')):
             if not link.is_symlink():
                 link.symlink_to(target.resolve())
         call(args, 'train.py', '--stage', stage, '--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed,
              *settings_of(settings, args))
     path = folder / f'{args.test.resolve().name}.json'
     if not path.exists():
-        call(args, 'evaluate.py', '--data', args.test, '--train', args.data, '--fits', args.fits, '--runs', folder, '--out', folder,
-             '--name', path.stem)
+        call(args, 'evaluate.py', '--data', args.test, '--fits', folder, '--runs', folder, '--out', folder, '--name', path.stem)
     return json.loads(path.read_text())['mean']['generated']
 
 
