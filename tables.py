@@ -99,7 +99,7 @@ def generated(args, of_stage, seed):
             if not link.is_symlink():
                 link.symlink_to(target.resolve())
         call(args, 'train.py', '--stage', stage, '--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed,
-             *settings_of(settings, args))
+             *(['--bf16'] if args.bf16 else []), *settings_of(settings, args))
     path = folder / f'{args.test.resolve().name}.json'
     if not path.exists():
         call(args, 'evaluate.py', '--data', args.test, '--fits', folder, '--runs', folder, '--out', folder, '--name', path.stem)
@@ -169,6 +169,7 @@ def parse(argv=None):
     r.add_argument('--work', type=Path, default=Path('tables'), help='what is trained goes here')
     r.add_argument('--seeds', type=int, default=1)
     r.add_argument('--ranks', type=int, default=1, help='processes of each command')
+    r.add_argument('--bf16', action='store_true', help='train.py in bfloat16 on a CPU, too')
     r.add_argument('--preset', default='small', choices=rh.PRESETS)
     r.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='override settings of the preset in all rows')
     for q in (r, commands.add_parser('readme', help='the tables of --out into README.md')):
