@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
+from scipy import ndimage
 from tqdm import tqdm
 
 import batches
@@ -290,19 +291,22 @@ def evaluate(args, rank, world, device):
 
 class Surface(nn.Module):
     """A surface model (after NeuS): planes and two small networks give a signed distance d and a colour that is the same from everywhere;
-    density is s sigmoid(-s d). A field, as `render` wants it."""
+    density is s sigmoid(-s d). A field, as `render` wants it. It begins as the surface of `hull` (G, G, G)."""
 
-    def __init__(self, channels=16, resolution=128, width=32):
+    def __init__(self, hull, channels=16, resolution=128, width=32):
         super().__init__()
-        self.table = nn.Parameter(0.1 * torch.randn(3, resolution, resolution, channels))          # planes, channels-last
+        self.table = nn.Parameter(0.01 * torch.randn(3, resolution, resolution, channels))         # planes, channels-last
+        start = (ndimage.distance_transform_edt(~hull) - ndimage.distance_transform_edt(hull)) * 2 / len(hull)
+        self.register_buffer('start', torch.from_numpy(start).float()[None, None])                 # (1, 1, G, G, G), signed distances
         self.distance = nn.Sequential(nn.Linear(channels, width), nn.Softplus(), nn.Linear(width, 1 + width))
         self.colour = nn.Sequential(nn.Linear(channels + width, width), nn.ReLU(), nn.Linear(width, 3), nn.Sigmoid())
-        self.log_s = nn.Parameter(torch.tensor(3.0))
+        self.log_s = nn.Parameter(torch.tensor(4.0))
 
-    def signed_distance(self, points):      # the sphere of radius 0.5, and what is learned; features (N, channels + width)
+    def signed_distance(self, points):      # of the hull, and what is learned; features (N, channels + width)
         features = rh.sample_planes(self.table.permute(0, 3, 1, 2), points)
         d, hidden = self.distance(features).split([1, self.distance[2].out_features - 1], dim=1)
-        return points.norm(dim=1) - 0.5 + 0.3 * d[:, 0], torch.cat([features, hidden], dim=1)
+        start = F.grid_sample(self.start, points.flip(1)[None, None, None], padding_mode='border', align_corners=False)
+        return start.flatten() + 0.3 * d[:, 0], torch.cat([features, hidden], dim=1)
 
     def __call__(self, points, dirs=None):
         d, features = self.signed_distance(points)
@@ -317,8 +321,9 @@ class Surface(nn.Module):
 def fit_surface(views, config, device, seed=0):
     """Surface fitted to views, and its occupancy grid."""
     torch.manual_seed(seed)
-    surface, rays = Surface(config.channels, config.resolution).to(device), rh.Rays(views, device, margin=6)
-    grid = rh.OccupancyGrid(config.grid, config.steps, device, rh.visual_hull(views, config.grid))
+    hull = rh.visual_hull(views, config.grid)
+    surface, rays = Surface(hull.numpy(), config.channels, config.resolution).to(device), rh.Rays(views, device, margin=6)
+    grid = rh.OccupancyGrid(config.grid, config.steps, device, hull)
     optimizer, generator = torch.optim.Adam(surface.parameters(), betas=(0.9, 0.99)), torch.Generator().manual_seed(seed)
     for step in range(config.fit_steps):
         for group in optimizer.param_groups:
