@@ -86,7 +86,8 @@ def forgetting(args):
     save(args, figure, curves)
 
 def spectrum(planes):
-    """Mean power of planes (3, C, R, R) at radial frequencies 0 ... R/2 cycles a plane, their mean left out: (R/2 + 1,)."""
+    """Mean power of planes (3, C, R, R), their mean left out, at radial frequencies 0 ... R/2 cycles a plane: (R/2 + 1,). The last has what
+    is above it, too, in the corners; the plot leaves it out."""
     R = planes.shape[-1]
     power = torch.fft.fft2(planes - planes.mean((2, 3), keepdim=True)).abs().square().mean((0, 1)) / R ** 4
     frequency = torch.fft.fftfreq(R, 1 / R)
@@ -100,7 +101,7 @@ def spectra(args):
     for folder in args.fits:
         mean = torch.stack([spectrum(planes) for planes in fitted(folder).values()]).mean(0)
         shares[folder.name] = float(mean[len(mean) // 2:].sum() / mean.sum())
-        plot.loglog(range(1, len(mean)), mean[1:], label=f'{folder.name}: {shares[folder.name]:.2%} in the upper half')
+        plot.loglog(range(1, len(mean) - 1), mean[1:-1], label=f'{folder.name}: {shares[folder.name]:.2%} in the upper half')
     plot.legend()
     save(args, figure, shares)
 
