@@ -78,7 +78,7 @@ def test_judges(tmp_path):
 
 
 def test_a_surface_is_where_its_distance_is_zero():
-    """A surface begins as its hull, here an egg: signed distances are those to a sphere of other axes, so no two axes can be mixed up."""
+    """A surface begins as its hull, here an ellipsoid of three different axes, so that none can be mixed up."""
     axis = (torch.arange(64) + 0.5) / 32 - 1
     x, y, z = torch.meshgrid(axis, axis, axis, indexing='ij')
     hull = (x / 0.3) ** 2 + (y / 0.5) ** 2 + (z / 0.7) ** 2 < 1
