@@ -1,9 +1,6 @@
 """RodinHD: a portrait becomes a 3D avatar (Zhang et al., ECCV 2024), in one file of plain PyTorch.
 
-Two walks through this file; every node is the name of its function:
-  fitting     load_views -> Rays.draw -> march -> sample_planes -> Decoder -> composite -> fit_avatar's losses (replay is in fit.py)
-  generation  read_portrait -> VAE.encode -> PortraitTokens -> BaseUNet (Diffusion.sample) -> UpsampleUNet -> PlaneField -> render
-Eleven chapters follow the data, leaves first: grep -n '^# [0-9]' rodinhd.py prints where they start.
+Eleven chapters follow the data, leaves first: grep -n '^# [0-9]' rodinhd.py prints where they start. README.md walks through them.
 Letters: B batch, V views, N rays or points, S samples, C plane channels, R plane resolution (r low), L portrait tokens, T timesteps, G grid
 cells a side, M texels. Planes (B, 3, C, R, R) are xy, xz, yz with (width, height) axes in that order. World Z up, faces look along -Y,
 content in [-1, 1]^3. Cameras are camera-to-world, Blender/OpenGL axes, pixel centres at +0.5. Images are composited on white.
@@ -32,6 +29,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+import shortcuts
 
 
 # 1 Configuration ------------------------------------------------------------------------------------------------------
@@ -74,6 +73,8 @@ class Config:
     roll_out: int = 1                   # 0: the base network sees the planes as channels, and has no 3D-aware convolution
     tokens: str = 'multi'               # what the base network attends to: multi (y1, y2, y3), single (y3), none (pooled latent alone)
     positions: int = 0                  # 1: tokens and the texels that attend carry a fixed encoding of where they are
+    aligned: int = 0                    # 1: the upsample network also sees the portrait laid onto the xz plane (shortcuts.py)
+    components: int = 0                 # above 0: networks that predict x_start add what training planes have in common (shortcuts.py)
     head_width: int = 64
     base_schedule: str = 'cosine'       # of the paper; linear is DDPM's
     base_timesteps: int = 1000
@@ -108,20 +109,20 @@ class Config:
 
 CHOICES = {'base_predict': ('noise', 'x_start'), 'tokens': ('multi', 'single', 'none'), 'perceptual': ('vgg', 'vae'),
            **dict.fromkeys(('base_schedule', 'up_schedule'), ('cosine', 'sigmoid', 'linear')),
-           **dict.fromkeys(('positions', 'roll_out', 'up_aware', 'up_degrade'), ('0', '1'))}
+           **dict.fromkeys(('positions', 'aligned', 'roll_out', 'up_aware', 'up_degrade'), ('0', '1'))}
 PRESETS = {'paper': {},
-    'small': dict(channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250,
-        outer=6, fit_steps=1500, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3, rescale=0.25, vae_widths=(16, 32, 64, 64),
-        vae_layers=1, vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4), base_blocks=1,
-        base_attention=(16, 8, 4), base_aware=(32,), positions=1, head_width=32, up_width=16, up_blocks=1, up_body=2, vae_steps=3000,
-        vae_batch=8, vae_lr=1e-3, base_steps=5500, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3, guidance=1.0,
-        base_predict='x_start', final_lr=0.05, ema=0.995, sample_steps=2, patch=32, patches=1, patch_grid_updates=0, perceptual='vae'),
+    'small': dict(channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250, outer=6,
+        fit_steps=1500, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3, rescale=0.25, vae_widths=(16, 32, 64, 64), vae_layers=1,
+        vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4), base_blocks=1, base_attention=(16, 8, 4),
+        base_aware=(32,), positions=1, head_width=32, up_width=16, up_blocks=1, up_body=2, vae_steps=3000, vae_batch=8, vae_lr=1e-3,
+        base_steps=5500, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3, guidance=1.0, base_predict='x_start', aligned=1,
+        components=20, final_lr=0.05, ema=0.995, sample_steps=2, patch=32, patches=1, patch_grid_updates=0, perceptual='vae'),
     'tiny': dict(channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=30, outer=3,
         fit_steps=150, rays=512, lr_planes=4e-2, lr_decoder=4e-3, rescale=0.25, portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1,
         vae_scale=1.0, token_width=32, pool_width=16, base_width=32, base_mult=(1, 1, 1), base_blocks=1, base_attention=(8, 4, 2),
         base_aware=(8,), positions=1, head_width=16, up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8, vae_steps=60,
         vae_batch=8, vae_lr=3e-3, base_steps=100, base_batch=8, base_lr=2e-3, up_steps=60, up_batch=4, up_lr=2e-3, base_predict='x_start',
-        final_lr=0.1, ema=0.95, patch=16, patches=1, patch_grid_updates=0, perceptual='vae')}
+        aligned=1, components=2, final_lr=0.1, ema=0.95, patch=16, patches=1, patch_grid_updates=0, perceptual='vae')}
 
 def stop(message):
     """Ends the program with one line on stderr and exit status 1."""
@@ -215,8 +216,7 @@ def open_image(path):
 def read_portrait(path, size):
     """Any image file -> rgb (3, size, size) in [-1, 1], alpha (1, size, size) in 0..1; squared by its border's pixels (at sides or top)."""
     image = open_image(path)
-    if min(image.size) < 16:
-        stop(f'{path}: {image.width} x {image.height} pixels are too few for a portrait; give at least 16 x 16')
+    min(image.size) >= 16 or stop(f'{path}: {image.width} x {image.height} pixels are too few for a portrait; give at least 16 x 16')
     side = max(image.size)
     left, top = (side - image.width) // 2, side - image.height
     pixels = np.pad(np.asarray(image), ((top, 0), (left, side - image.width - left), (0, 0)), mode='edge')
@@ -253,8 +253,7 @@ def find_image(json_path, name):
     """The image that a file_path means: relative to the JSON's folder, never outside it, with or without an extension."""
     folder = json_path.parent.resolve()
     path = (folder / name.replace('\\', '/')).resolve()
-    if not path.is_relative_to(folder):
-        stop(f'{json_path}: file_path {name!r} leaves the folder of the avatar')
+    path.is_relative_to(folder) or stop(f'{json_path}: file_path {name!r} leaves the folder of the avatar')
     candidates = (path, *(path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES))
     return next(filter(Path.is_file, candidates), None) or stop(f'{json_path}: image {name!r} is missing')
 
@@ -299,8 +298,7 @@ def load_views(folder, split, box, downscale=1, most=None, pick=None):
         if downscale > 1:               # Image.reduce averages; premultiply so that transparent pixels do not bleed
             image = image.convert('RGBa').reduce(downscale).convert('RGBA')
         images.append(np.asarray(image))
-        if images[-1].shape != images[0].shape:
-            stop(f'{frame["path"]}: {image.width} x {image.height} pixels, other views have another size')
+        images[-1].shape == images[0].shape or stop(f'{frame["path"]}: {image.width} x {image.height} pixels, other views differ')
         poses.append(torch.from_numpy(frame['transform_matrix']))
         intrinsics.append([v / downscale for v in values])
     if not images:
@@ -836,6 +834,8 @@ class Condition(NamedTuple):
     pooled: torch.Tensor                    # (B, E)
     keys_values: dict                       # of each layer that attends to the portrait: (B, heads, L, head), twice
     lr: torch.Tensor | None = None          # enlarged and rolled out, (B, C, R, 3R)
+    front: torch.Tensor | None = None       # what is added to the first features, (B, c, R, 3R)
+    prior: torch.Tensor | None = None       # what is added to x_start, (B, 3, C, R, R)
 
 @torch.no_grad()
 def encode_portrait(vae, images, config):
@@ -844,21 +844,19 @@ def encode_portrait(vae, images, config):
     return Portrait(mean * config.vae_scale, maps)
 
 def drop(portrait, keep=(False,)):
-    """Zeroes latent and maps together where keep (B,) is false; everywhere by default: the null condition, as in Rodin. Its tokens are not
-    zeros: GroupNorm turns the maps into its bias, all alike."""
+    """Zeroes latent and maps where keep (B,) is false, by default all: the null condition. Its tokens are all alike, a GroupNorm's bias."""
     latent, *maps = (x * torch.as_tensor(keep).to(x).view(-1, 1, 1, 1) for x in (portrait.latent, *portrait.maps))
     return portrait._replace(latent=latent, maps=maps)
 
 def join(a, b):
     """Two Conditions as one batch, for guidance."""
     keys_values = {layer: [torch.cat(pair) for pair in zip(kv, b.keys_values[layer])] for layer, kv in a.keys_values.items()}
-    return Condition(torch.cat([a.pooled, b.pooled]), keys_values, None if a.lr is None else torch.cat([a.lr, b.lr]))
+    return Condition(torch.cat([a.pooled, b.pooled]), keys_values, *(x if x is None else torch.cat([x, y]) for x, y in zip(a[2:], b[2:])))
 
 class PortraitTokens(nn.Module):
     """Some of the maps y1, y2, y3 (numbers in `used`), each cut into 8 x 8 patches: {number: tokens (B, 64, W)}."""
     def __init__(self, config, used):
         super().__init__()
-        assert config.portrait % 64 == 0, f'portrait {config.portrait} is no multiple of 64, so y3 has no 8 x 8 patches'
         self.used, self.positions, sizes = used, config.positions, [config.portrait // n for n in (16, 32, 64)]
         self.patches = nn.ModuleList(nn.Sequential(norm(config.vae_widths[i]), nn.Conv2d(config.vae_widths[i], config.token_width, sizes[i],
                                                                                          stride=sizes[i], bias=False)) for i in used)
@@ -960,13 +958,14 @@ class Attention(nn.Module):
         return x + self.proj(h.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
 
 class UNet(nn.Module):
-    """What both networks share. maps: {plane height: number of the map that its attention sees}; `checkpoint`: training recomputes."""
-    def __init__(self, config, width, mult, blocks, body, resolution, maps, c):
+    """What both networks share. maps: {plane height: number of the map seen there}; components: of a Prior; `checkpoint`: recompute."""
+    def __init__(self, config, width, mult, blocks, body, resolution, maps, c, components):
         super().__init__()
         assert resolution % 2 ** (len(mult) - 1) == 0, f'planes of {resolution} cannot be halved {len(mult) - 1} times'
         self.config, self.width, self.emb, self.maps, self.checkpoint = config, width, 4 * width, maps, False
         self.time = nn.Sequential(nn.Linear(width, self.emb), nn.SiLU(), nn.Linear(self.emb, self.emb))
         self.tokens, self.pooled = PortraitTokens(config, sorted({*maps.values()} - {None})), PooledEmbedding(config, self.emb)
+        self.prior = None if components is None else shortcuts.Prior(config, resolution, components)
         self.encoder, self.decoder, skips, height = nn.ModuleList(), nn.ModuleList(), [c], resolution
         for level, m in enumerate(mult):
             for _ in range(blocks):
@@ -988,8 +987,8 @@ class UNet(nn.Module):
     def condition(self, portrait):
         """A Portrait as this network's Condition: all that is the same at every t."""
         tokens = self.tokens(portrait.maps)
-        cross = [layer for layer in self.modules() if isinstance(layer, Attention) and layer.kv]
-        return Condition(self.pooled(portrait.latent), {layer: layer.keys_values(tokens[layer.map]) for layer in cross})
+        keys_values = {layer: layer.keys_values(tokens[layer.map]) for layer in self.modules() if isinstance(layer, Attention) and layer.kv}
+        return Condition(self.pooled(portrait.latent), keys_values, prior=self.prior and self.prior(portrait.latent))
 
     def run(self, layers, x, emb, kv):      # x through layers, each of which is given what it takes besides
         for layer in layers:
@@ -1009,7 +1008,8 @@ class UNet(nn.Module):
     def forward(self, x, t, condition):
         condition = self.condition(condition) if isinstance(condition, Portrait) else condition
         emb = self.time(timestep_embedding(t, self.width)) + condition.pooled                   # (B, E)
-        return roll_in(self.planes(roll_out(x), emb, condition.keys_values, condition.lr))
+        out = roll_in(self.planes(roll_out(x), emb, *condition[1:4]))                           # (B, 3, C or 2C, R, R)
+        return out if condition.prior is None else out + F.pad(condition.prior, (0, 0, 0, 0, 0, out.shape[2] - x.shape[2]))
 
 class BaseUNet(UNet):
     """Base network (supplement A, Table 5; 366,823,360 parameters at `paper`): planes (B, 3, C, r, r) to noise, variance (2C)."""
@@ -1017,7 +1017,7 @@ class BaseUNet(UNet):
         c, fold = config.base_width * config.base_mult[0], 1 if config.roll_out else 3
         maps = {'multi': (0, 1, 2), 'single': (2, 2, 2), 'none': (None,) * 3}[config.tokens]
         super().__init__(config, config.base_width, config.base_mult, config.base_blocks, 1, config.base_resolution,
-                         dict(zip(config.base_attention, maps)), c)
+                         dict(zip(config.base_attention, maps)), c, (config.base_predict == 'x_start' and config.components) or None)
         self.conv_in, self.norm_out, self.conv_out = conv(fold * config.channels, c), norm(c), zero(conv(c, 2 * fold * config.channels))
 
     def step(self, c_in, c_out, height, middle=False):          # where there is no map, texels attend to one another alone
@@ -1028,7 +1028,7 @@ class BaseUNet(UNet):
     def resample(self, c, up):
         return ResBlock(c, c, self.emb, resample=nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2))
 
-    def planes(self, x, emb, kv, _):
+    def planes(self, x, emb, kv, *_):
         x = x if self.config.roll_out else torch.cat(x.chunk(3, dim=3), dim=1)                  # (B, C, r, 3r) or (B, 3C, r, r)
         x = self.conv_out(F.silu(self.norm_out(self.u(self.conv_in(x), emb, kv))))
         return x if self.config.roll_out else torch.cat(x.chunk(3, dim=1), dim=3)               # (B, 2C, r, 3r)
@@ -1039,7 +1039,9 @@ class UpsampleUNet(UNet):
     def __init__(self, config):
         width, planes, lowest = config.up_width, config.channels, config.resolution // 2 ** (len(config.up_mult) - 1)
         self.second = AwareConv if config.up_aware else conv
-        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution, {lowest: 0}, width + planes)
+        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution, {lowest: 0}, width + planes,
+                         0 if config.components else None)
+        self.front = zero(conv(config.vae_latent + config.vae_widths[0], width)) if config.aligned else None
         self.conv_in, self.head = conv(planes, width), nn.ModuleList(self.step(width, width))
         self.tail = nn.ModuleList(self.step(width * config.up_mult[0] + width + planes, width) + self.step(width, planes))
         self.out = ResnetBlock(2 * planes, planes, second=self.second)
@@ -1057,10 +1059,11 @@ class UpsampleUNet(UNet):
     def condition(self, portrait):
         """A Portrait with `lr`: the planes are enlarged (bicubic) here, once."""
         lr = F.interpolate(portrait.lr.flatten(1, 2), size=self.config.resolution, mode='bicubic', align_corners=True)
-        return super().condition(portrait)._replace(lr=roll_out(lr.unflatten(1, portrait.lr.shape[1:3])))
+        front = self.front and F.pad(self.front(shortcuts.front_features(portrait, R := self.config.resolution)), (R, R))
+        return super().condition(portrait)._replace(lr=roll_out(lr.unflatten(1, portrait.lr.shape[1:3])), front=front)
 
-    def planes(self, x, emb, kv, lr):
-        h = self.run(self.head, self.conv_in(x), emb, kv)                                       # (B, width, R, 3R)
+    def planes(self, x, emb, kv, lr, front):
+        h = self.run(self.head, self.conv_in(x) + (0 if front is None else front), emb, kv)     # (B, width, R, 3R)
         top = torch.cat([h, lr], dim=1)                                                         # (B, width + C, R, 3R)
         h = torch.cat([self.u(top, emb, kv), top], dim=1)                                       # (B, 2 width + C, R, 3R)
         return self.run([self.out], torch.cat([self.run(self.tail, h, emb, kv), lr], dim=1), None, kv)             # (B, C, R, 3R)
@@ -1236,8 +1239,7 @@ def read_checkpoint(path, kind, made_by=''):
     except Exception as error:          # torch.load raises many types on damaged files
         stop(f'{path}: not a readable checkpoint, or damaged ({type(error).__name__}); delete it and make it again')
     found = content.get('kind', 'unknown') if isinstance(content, dict) else 'unknown'
-    if found != kind:
-        stop(f'{path}: is a checkpoint of kind {found!r}, expected {kind!r}')
+    found == kind or stop(f'{path}: is a checkpoint of kind {found!r}, expected {kind!r}')
     return content
 
 MODELS = {'decoder': (Decoder, 'python fit.py --decoder'), 'vae': (VAE, 'python train.py --stage vae'),
@@ -1277,8 +1279,7 @@ def diffusion_of(stage, config):
 
 @torch.no_grad()
 def sample_stage(stage, network, portrait, low=None, guidance=1.0, steps=None, eta=1.0, seed=0, mix=None, **how):
-    """Planes (B, 3, C, R, R) in [-1, 1] of one stage; noise i is that of seed + i, whatever the batch, or, with mix (B, n), that of n seeds
-    mixed. steps, eta, watch, progress: see Diffusion.sample."""
+    """Planes (B, 3, C, R, R) in [-1, 1]; noise i is that of seed + i or, with mix (B, n), of n seeds mixed. See Diffusion.sample."""
     portrait, config, device = portrait._replace(lr=low), network.config, portrait.latent.device
     size, count = config.base_resolution if stage == 'base' else config.resolution, len(portrait.latent) if mix is None else mix.shape[1]
     generators = [torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(count)]

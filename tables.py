@@ -99,7 +99,7 @@ def generated(args, of_stage, seed):
             if not link.is_symlink():
                 link.symlink_to(target.resolve())
         call(args, 'train.py', '--stage', stage, '--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed,
-             *(['--bf16'] if args.bf16 else []), *settings_of(settings, args))
+             *(['--bf16'] if args.bf16 else []), *settings_of(['components=0', 'aligned=0', *settings], args))     # the papers' networks
     path = folder / f'{args.test.resolve().name}.json'
     if not path.exists():
         call(args, 'evaluate.py', '--data', args.test, '--fits', folder, '--runs', folder, '--out', folder, '--name', path.stem)

@@ -101,6 +101,9 @@ def prepare_diffusion(args, config, device, world):
     if (vae.config.portrait, vae.config.vae_widths, decoder.config.channels) != (config.portrait, config.vae_widths, config.channels):
         rh.stop(f'{args.runs}/vae.pt or {args.fits}/decoder.pt are of another preset than {config.preset}')
     network, diffusion = (rh.BaseUNet if base else rh.UpsampleUNet)(config), rh.diffusion_of(args.stage, config)
+    if network.prior:                   # of at most 500 avatars; the upsample network starts from the enlarged planes: of what these lack
+        planes = (items[i]['x_start'] for i in range(0, len(items), -(-len(items) // 500)))
+        network.prior.learn(x if base else x - rh.resize_planes(rh.resize_planes(x, config.base_resolution), x.shape[-1]) for x in planes)
     network.checkpoint = not base and config.resolution > 128           # planes of 512 x 512 do not fit otherwise
     distance = None if base or not config.patches else perceptual(config, vae, device)
     def draw(item, i, j):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import rodinhd as rh
+import shortcuts
 from references import naive_aware_conv
 
 
@@ -183,7 +184,7 @@ def test_recomputing_activations_changes_nothing(tiny):
     for net.checkpoint in (False, True):
         net.zero_grad()
         net(x, t, portrait).square().mean().backward()
-        grads.append([p.grad.clone() for p in net.parameters()])
+        grads.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
 
@@ -194,3 +195,45 @@ def test_a_sampled_portrait_is_projected_to_keys_and_values_once(tiny, monkeypat
     rh.sample_stage('base', net, portrait, steps=5)
     cross = [layer for layer in net.modules() if isinstance(layer, rh.Attention) and layer.kv]
     assert len(calls) == len(set(calls)) == len(cross) > 2
+
+
+def test_the_prior_learns_planes_of_few_components(tiny):
+    """Planes that are a mean and two patterns come back from their weights; a third component stays empty."""
+    mean, patterns = torch.randn(3, 8, 8, 8) * 0.2, torch.randn(2, 3, 8, 8, 8) * 0.1
+    planes = [mean + a * patterns[0] + b * patterns[1] for a, b in torch.randn(6, 2).tolist()]
+    prior = shortcuts.Prior(tiny, 8, 3)
+    prior.learn(planes)
+    basis, lacking = prior.components.flatten(1)[:2], torch.stack(planes) - prior.mean
+    weights = torch.linalg.lstsq(basis.T, lacking.flatten(1).T).solution
+    assert (basis.T @ weights - lacking.flatten(1).T).abs().max() < 1e-5 and prior.components[2].abs().max() < 1e-5
+    assert (weights.square().mean(1) - 1).abs().max() < 1e-4            # of unit deviation
+    torch.nn.init.zeros_(prior.weights[-1].weight)
+    prior.weights[-1].bias.data.copy_(weights[:, 4].tolist()[0] * torch.eye(3)[0] + weights[1, 4] * torch.eye(3)[1])
+    assert (prior(torch.randn(2, 4, 8, 8)) - planes[4]).abs().max() < 1e-5
+    prior.learn(planes[:1])                                             # fewer avatars than components
+    assert torch.equal(prior.mean[0], planes[0]) and prior.components.abs().max() < 1e-5
+
+
+def test_networks_start_from_their_prior(tiny):
+    """Before any training x_start is the prior; its two planes' parameters are not trained, its weights are."""
+    base = rh.BaseUNet(tiny)
+    base.prior.mean.data.normal_()
+    portrait = rh.encode_portrait(rh.VAE(tiny), torch.rand(2, 3, 64, 64) * 2 - 1, tiny)
+    out = base(torch.randn(2, 3, 8, 8, 8), torch.tensor([3.0, 900.0]), portrait)
+    assert out.shape == (2, 3, 16, 8, 8) and torch.equal(out[:, :, :8], base.prior(portrait.latent)) and not out[:, :, 8:].any()
+    assert [n for n, p in base.named_parameters() if not p.requires_grad] == ['prior.mean', 'prior.components']
+
+
+def test_front_features_lie_where_the_portrait_shows_them(tiny):
+    """Features that tell their own place in the image are found at the texels of the points that project there."""
+    P, R = tiny.portrait, 32
+    y, x = torch.meshgrid(*[(torch.arange(P // 2) + 0.5) * 2] * 2, indexing='ij')                       # of y1, in pixels of the portrait
+    y1 = torch.stack([x, y] + [x] * 6)[None]
+    features = shortcuts.front_features(rh.Portrait(torch.zeros(1, 4, P // 8, P // 8), [y1]), R)[0, 4:6]
+    at = torch.linspace(-1, 1, R)
+    z, x = torch.meshgrid(at, at, indexing='ij')                                                        # rows of the xz plane are z
+    points = torch.stack([x, torch.full_like(x, -0.4), z], dim=-1).view(-1, 3)
+    pose, (fx, fy, cx, cy) = rh.orbit_pose(0, 0), rh.intrinsics_of(34.0, P)
+    local = (points - pose[:3, 3]) @ pose[:3, :3]
+    pixels = torch.stack([cx - fx * local[:, 0] / local[:, 2], cy + fy * local[:, 1] / local[:, 2]]).view(2, R, R)
+    assert (features - pixels)[:, 2:-2, 2:-2].abs().max() < 1.5                                         # half a texel of y1 is a pixel

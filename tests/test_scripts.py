@@ -182,8 +182,10 @@ def test_from_one_portrait_to_another(walk, monkeypatch):
     run(sample, '--portrait', first, *how, 'first')
     run(sample, '--portrait', last, '--seed', 1, *how, 'last')
     between, a, b = (rh.read_checkpoint(f'samples/{n}/planes.pt', 'avatars')['planes'].float() for n in ('between', 'first', 'last'))
-    assert torch.allclose(between[0], a[0], atol=2e-2) and torch.allclose(between[2], b[0], atol=2e-2)
-    assert all((between[1] - x).abs().max() > 0.05 for x in (a[0], b[0]))
+    assert torch.allclose(between[0], a[0], atol=5e-3) and torch.allclose(between[2], b[0], atol=5e-3)
+    def apart(x, y):
+        return (x - y).square().mean().sqrt()
+    assert all(apart(between[1], x) > 0.3 * apart(a[0], b[0]) > 3e-3 for x in (a[0], b[0]))
     assert Image.open('samples/between/strip.png').size == (3 * 16, 2 * 16)
     assert Image.open('samples/between/turntable.webp').n_frames == 4
     with pytest.raises(SystemExit, match='--interpolate needs one --portrait'):
@@ -321,7 +323,7 @@ def test_layout():
     lines = (ROOT / 'rodinhd.py').read_text().splitlines()
     chapters = [int(m.group(1)) for line in lines if (m := re.match(r'# (\d+) .*---$', line))]
     assert chapters == list(range(1, 12)) and len(lines) <= 1300
-    for name in [*SCRIPTS, 'batches.py', 'export.py', 'photo.py', 'words.py']:
+    for name in [*SCRIPTS, 'batches.py', 'export.py', 'photo.py', 'shortcuts.py', 'words.py']:
         text = (ROOT / name).read_text()
         assert len(text.splitlines()) <= (450 if name == 'evaluate.py' else 250)
         assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate|figures|tables)\b', text, re.M)
