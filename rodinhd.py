@@ -139,7 +139,7 @@ def make_config(preset, overrides=()):
         kind = type(defaults[name])
         try:
             values[name] = tuple(int(v) for v in text.split(',')) if kind is tuple else kind(text)
-            least = kind is int and name not in ('patches', 'patch_grid_updates')
+            least = kind is int and name not in ('components', 'patches', 'patch_grid_updates')
             assert text in CHOICES[name] if name in CHOICES else kind is tuple or least <= values[name] < math.inf
         except (ValueError, AssertionError):
             wanted = CHOICES.get(name) or ('integers with commas between' if kind is tuple else f'a positive {kind.__name__}')
@@ -298,7 +298,7 @@ def load_views(folder, split, box, downscale=1, most=None, pick=None):
         if downscale > 1:               # Image.reduce averages; premultiply so that transparent pixels do not bleed
             image = image.convert('RGBa').reduce(downscale).convert('RGBA')
         images.append(np.asarray(image))
-        images[-1].shape == images[0].shape or stop(f'{frame["path"]}: {image.width} x {image.height} pixels, other views differ')
+        images[-1].shape == images[0].shape or stop(f'{frame["path"]}: {image.width} x {image.height}; other views have another size')
         poses.append(torch.from_numpy(frame['transform_matrix']))
         intrinsics.append([v / downscale for v in values])
     if not images:
