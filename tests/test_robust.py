@@ -153,7 +153,7 @@ def test_gradients_of_two_halves_are_those_of_the_whole(trained, stage):
         data, network, loss, _ = prepare(args, rh.make_config('tiny', args.set), 'cpu', world)
         learning = [p for p in network.parameters() if p.requires_grad]
         for p in learning:
-            torch.nn.init.normal_(p, std=0.05)                          # no branch starts at zero
+            torch.nn.init.normal_(p, std=0.2)                           # no branch starts at zero, gradients outweigh rounding
         for rank in range(world):
             index = next(batches.indices(2, 4, 3, 4, 0, rank, world))
             batch = batches.collate([data[i] for i in index])
