@@ -692,8 +692,7 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
             if finite_decoder(*(p.grad for p in decoder.parameters() if p.grad is not None)):                 # the same on all ranks
                 decoder_optimizer.step()
             decoder_optimizer.zero_grad()
-        if report and step % 50 == 0:
-            report(done, {k: v.item() for k, v in terms.items()})
+        report and step % 50 == 0 and report(done, {k: v.item() for k, v in terms.items()})
         step += 1
     planes = table.detach().permute(0, 3, 1, 2)
     if decoder_optimizer is None:
@@ -857,6 +856,7 @@ class PortraitTokens(nn.Module):
     """Some of the maps y1, y2, y3 (numbers in `used`), each cut into 8 x 8 patches: {number: tokens (B, 64, W)}."""
     def __init__(self, config, used):
         super().__init__()
+        assert config.portrait % 64 == 0, f'portrait {config.portrait} is no multiple of 64, so y3 has no 8 x 8 patches'
         self.used, self.positions, sizes = used, config.positions, [config.portrait // n for n in (16, 32, 64)]
         self.patches = nn.ModuleList(nn.Sequential(norm(config.vae_widths[i]), nn.Conv2d(config.vae_widths[i], config.token_width, sizes[i],
                                                                                          stride=sizes[i], bias=False)) for i in used)
