@@ -11,8 +11,9 @@
     python evaluate.py --unconditional 64                    avatars of nobody: how far from one another and from the training set?
     torchrun --standalone --nproc_per_node=2 evaluate.py     any of these
 
-Rows: `fitted` (planes in --fits), `generated` (from the portrait), and two baselines that any generator must beat: `nearest`, the training
-avatar with the nearest portrait, and `mean`, the mean of the training planes. `front` is the PSNR of the view that is the portrait; FD-VAE
+Rows: `fitted` (planes in --fits), `generated` (from the portrait, as sample.py does), `sampled` (the same before it was fitted to the
+portrait, as in the papers), and two baselines that any generator must beat: `nearest`, the training avatar with the nearest portrait, and
+`mean`, the mean of the training planes. `front` is the PSNR of the view that is the portrait, which `generated` has been fitted to; FD-VAE
 a Frechet distance of the project's own features, not FID. Writes results/<--name>.json and .png.
 """
 import argparse
@@ -36,6 +37,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import batches
+import refine
 import rodinhd as rh
 
 # Metrics: of two images (3, H, W) in 0..1 ------------------------------------------------------------------------------
@@ -236,7 +238,10 @@ def candidates_for(folder, shown, args, models, fitted_decoder, baselines, devic
     settings = list(itertools.product(args.guidance or [config.guidance], args.steps or [config.sample_steps]))
     for (name, portrait), (guidance, steps) in itertools.product(shown.items(), settings):
         name = name if len(settings) == 1 else f'{name}, s={guidance:g}, {steps} steps'
-        candidates[name] = rh.generate(models, portrait[None], guidance, steps, seed=args.seed)[0][0], models['decoder']
+        how = dict(guidance=guidance, steps=steps, seed=args.seed)
+        candidates[name] = refine.avatars_of(models, portrait[None], args.refine, **how)[0], models['decoder']
+    if args.refine and len(settings) == 1:
+        candidates['sampled'] = rh.generate(models, shown['generated'][None], **how)[0][0], models['decoder']
     if neighbours := baselines.neighbours(thumbnail(folder), but=folder.name):
         candidates['nearest'] = baselines.planes[neighbours[0][1]](), fitted_decoder
         candidates['mean'] = baselines.mean, fitted_decoder
@@ -349,7 +354,7 @@ def consistency(args, rank, world, device):
     scores, sheet = {}, Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
     for folder in tqdm(some(rh.list_avatars(args.data), args.consistency)[rank::world], disable=rank > 0, desc='consistency'):
         portrait = rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), models['upsample'].config.portrait))
-        planes = rh.generate(models, portrait[None], seed=args.seed)[0][0]
+        planes = refine.avatars_of(models, portrait[None], args.refine, seed=args.seed)[0]
         sharp = ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)
         def shots(views, sharpen, planes=planes, sharp=sharp):          # (V, 3, H, W) on white, and as Views with alpha
             rgb, alpha = photograph(planes, decoder, views, device)
@@ -426,6 +431,7 @@ def parse(argv=None):
     p.add_argument('--no-truth', action='store_true', help='a picture without the data set\'s own images')
     p.add_argument('--guidance', type=float, nargs='+', help='of the base model (default: the preset\'s)')
     p.add_argument('--steps', type=int, nargs='+', help='sampling steps of each model (default: the preset\'s)')
+    p.add_argument('--refine', type=int, default=40, metavar='STEPS', help='of fitting to the portrait (see refine.py); 0: none')
     p.add_argument('--disturb', type=Path, metavar='FOLDER', help='also portraits shifted, scaled, on other backgrounds')
     p.add_argument('--images', nargs='+', default=[], metavar='NAME=FOLDER', help='also renders of others, FOLDER/<avatar>/<view>.png')
     p.add_argument('--inception', metavar='FILE', help='FID: weights of torch-fidelity\'s Inception, or `download`')

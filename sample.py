@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import export
 import photo
+import refine
 import rodinhd as rh
 import words
 
@@ -36,8 +37,8 @@ STRIP = (0, 50)                         # of the strip's rows
 def check(args):
     """Stops where options make no sense, before anything is loaded."""
     numbers = [n for n in (args.count, args.frames, args.steps, args.triangles) if n is not None]
-    if min(numbers) < 1 or args.size < 16 or not 0 <= args.eta <= 1:
-        rh.stop('--count, --frames, --steps and --triangles must be at least 1, --size at least 16, --eta between 0 and 1')
+    if min(numbers) < 1 or args.refine < 0 or args.size < 16 or not 0 <= args.eta <= 1:
+        rh.stop('--count, --frames, --steps and --triangles must be at least 1, --refine 0, --size 16, --eta between 0 and 1')
     if args.mesh and (args.mesh.suffix not in ('.glb', '.ply', '.obj') or args.mesh.name != str(args.mesh)):
         rh.stop(f'--mesh {args.mesh}: give a file name with .glb, .ply or .obj; it goes where the rest goes (see --out)')
     if args.interpolate and (len(args.portrait or ()) != 1 or args.count == 1):
@@ -48,15 +49,26 @@ def check(args):
         rh.stop('--lora goes with --prompt')
 
 
-def interpolate(models, images, count, **how):
-    """Two images (2, 3, P, P) -> planes and low-resolution planes of `count` avatars from the first to the second: what the networks see of
-    the portraits is mixed linearly, the noise of seeds `seed` and `seed` + 1 on the sphere. how: see rh.generate."""
-    share = torch.linspace(0, 1, count)
+def interpolate(models, images, share, **how):
+    """Two images (2, 3, P, P) -> planes and low-resolution planes of the avatars that are `share` (n,) of the way from the first to the
+    second: what the networks see of the portraits is mixed linearly, the noise of seeds `seed` and `seed` + 1 on the sphere. how: see
+    rh.generate."""
     seen = rh.encode_portrait(models['vae'], images, models['base'].config)
     def between(x):
         return torch.cat([x[:1].lerp(x[1:], s) for s in share.tolist()])
     mix = torch.stack([torch.cos(share * math.pi / 2), torch.sin(share * math.pi / 2)], dim=1)
     return rh.generate(models, rh.Portrait(between(seen.latent), [between(x) for x in seen.maps]), mix=mix, **how)
+
+
+def fit(planes, seen, share, decoder, steps):
+    """Planes of len(planes) / len(seen.images) avatars of each portrait, fitted to it; with `share`, of avatars between two portraits,
+    both of which are, and their corrections mixed."""
+    if share is None:
+        each = len(planes) // len(seen.images)
+        return refine.refine(planes, refine.Seen(*(x.repeat_interleave(each, dim=0) for x in seen)), decoder, steps, progress=True)
+    ends = planes[[0, -1]]
+    first, last = refine.refine(ends, seen, decoder, steps, progress=True) - ends
+    return (planes + torch.stack([torch.lerp(first, last, s) for s in share.tolist()])).clamp(-1, 1)
 
 
 def draw(field, grid, azimuth, args, config):
@@ -121,18 +133,22 @@ def main(args):
         export.save_image(paths[0], words.portrait_of(args.prompt, args.sd, args.lora, args.seed, device))
     pairs = [photo.align(path, config.portrait, args.crop, folder / f'align{i or ""}.png') if args.align or args.crop else
              rh.read_portrait(path, config.portrait) for i, path in enumerate(paths)]
-    squares = [rh.portrait_on_white(*pair) for pair in pairs]
-    images = torch.stack(squares).to(device) if squares else count
-    how = dict(guidance=args.guidance, steps=args.steps, eta=args.eta, seed=args.seed, progress=True)
-    began = time.monotonic()
+    images = torch.stack([rh.portrait_on_white(*pair) for pair in pairs]).to(device) if pairs else None
+    how = dict(guidance=args.guidance, steps=args.steps, eta=args.eta, seed=args.seed)
+    began, share = time.monotonic(), torch.linspace(0, 1, count)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if args.bf16 is None else args.bf16):
+        if pairs and args.refine:
+            portraits = refine.straighten(models, images, **how)
+            images = portraits.images
         if args.interpolate:
-            planes, low = interpolate(models, images, count, **how)
+            planes, low = interpolate(models, images, share, **how, progress=True)
         else:
-            planes, low = rh.generate(models, images.repeat_interleave(count, dim=0) if squares else count, **how)
+            planes, low = rh.generate(models, images.repeat_interleave(count, dim=0) if pairs else count, **how, progress=True)
+    if pairs and args.refine:
+        planes = fit(planes, portraits, share if args.interpolate else None, models['decoder'], args.refine)
     print(f'{len(planes)} avatar(s) sampled in {time.monotonic() - began:.1f} s')
 
-    seen = [Image.fromarray(((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for square in squares]
+    seen = [Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()) for image in (images if pairs else ())]
     for i, portrait in enumerate(seen):
         export.save_image(folder / f'portrait{i or ""}.png', portrait)
     rh.write_checkpoint(folder / 'planes.pt', 'avatars', {
@@ -163,6 +179,7 @@ def parse(argv=None):
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--guidance', type=float, help='classifier-free guidance of the base model; 1 is none (default: the preset\'s)')
     p.add_argument('--steps', type=int, help='sampling steps of each model (default: the preset\'s)')
+    p.add_argument('--refine', type=int, default=40, metavar='STEPS', help='of fitting the avatar to the portrait (see refine.py); 0: none')
     p.add_argument('--eta', type=float, default=1.0, help='1 is ancestral sampling, 0 deterministic DDIM')
     p.add_argument('--bf16', action=argparse.BooleanOptionalAction, help='autocast to bfloat16 (default: on a GPU)')
     p.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')

@@ -102,7 +102,8 @@ def generated(args, of_stage, seed):
              *(['--bf16'] if args.bf16 else []), *settings_of(['components=0', 'aligned=0', *settings], args))     # the papers' networks
     path = folder / f'{args.test.resolve().name}.json'
     if not path.exists():
-        call(args, 'evaluate.py', '--data', args.test, '--fits', folder, '--runs', folder, '--out', folder, '--name', path.stem)
+        call(args, 'evaluate.py', '--data', args.test, '--fits', folder, '--runs', folder, '--out', folder, '--name', path.stem,
+             '--refine', 0)             # the papers' models alone
     return json.loads(path.read_text())['mean']['generated']
 
 

@@ -44,9 +44,9 @@ def walk(tmp_path_factory, data):
         run(train, '--stage', 'upsample', '--preset', 'tiny', '--set', 'up_steps=4')
         run(sample, '--unconditional', '--count', 2, '--frames', 2, '--size', 32)
         run(sample, '--portrait', 'data/avatar_0000/train/r_000.png', 'data/avatar_0001/train/r_000.png', '--count', 2, '--frames', 2,
-            '--size', 32, '--bf16', '--name', 'me')
-        run(evaluate, '--views', 2, '--disturb', 'data', '--guidance', 1, 2)
-        run(evaluate, '--consistency', 1)
+            '--size', 32, '--bf16', '--name', 'me', '--refine', 3)
+        run(evaluate, '--views', 2, '--disturb', 'data', '--guidance', 1, 2, '--refine', 3)
+        run(evaluate, '--consistency', 1, '--refine', 3)
         run(evaluate, '--unconditional', 2)
         run(figures, 'forgetting')
     return folder

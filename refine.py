@@ -1,0 +1,175 @@
+"""After the model: the avatar is fitted to its portrait. The papers do not do this; it is for models that are small, or know few people.
+
+What the models got wrong, the portrait still shows. `straighten` looks for the person of a first sample in the portrait, which may be
+shifted, scaled, or on any ground, and moves it to where training portraits have it, onto white; sampling starts from that. `refine`
+descends on the planes until their front view is that image, coarse corrections first: what a portrait shows of clothes, skin, hair and
+outline then holds from all sides.
+"""
+import importlib.util
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from tqdm import tqdm
+
+import rodinhd as rh
+
+LEVELS = (16, 8, 4, 2, 1)               # corrections are planes of R/16, R/8 ... R texels a side, added up
+SCALES, SHIFTS = (0.88, 1.12), (-0.06, 0.06)            # where `register` looks; shifts in image widths
+CONTRAST = 0.3                          # how much contrast at the avatar's edge counts there
+
+
+class Seen(NamedTuple):
+    """Portraits as training had them: images (B, 3, P, P) in [-1, 1] on white, and what of them is to be believed, (B, 1, P, P) in 0..1."""
+    images: torch.Tensor
+    known: torch.Tensor
+
+
+def front_camera(P, device):
+    """Pose and intrinsics of the camera that takes portraits."""
+    return rh.orbit_pose(0, 2).to(device), rh.intrinsics_of(34.0, P).to(device)
+
+def flat_ground(image):
+    """The colour (3,) of a border that has one, left, right and on top; None for others. image (3, P, P) in 0..1."""
+    m = max(image.shape[1] // 32, 1)
+    border = torch.cat([part.flatten(1) for part in (image[:, :m], image[:, :, :m], image[:, :, -m:])], dim=1)
+    colour = border.median(dim=1)[0]
+    return colour if ((border - colour[:, None]).abs().amax(0) < 0.03).float().mean() > 0.8 else None
+
+def move(images, scale, x, y, padding='border'):
+    """Images (B, C, P, P) as they were before batches.place shrank them by scale (B,) and shifted them by x, y (B,), in image widths."""
+    theta = torch.stack([torch.stack([1 / scale, 0 * x, -2 * x / scale], dim=1), torch.stack([0 * y, 1 / scale, -2 * y / scale], dim=1)], 1)
+    return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), padding_mode=padding, align_corners=False)
+
+def register(view, opacity, image, ground, size=64):
+    """Scale, x and y, (1,) each, that `move` needs to bring an image (3, P, P) to a view (3, P, P) of opacity (1, P, P), on the ground (3,)
+    or, for None, on any. Search on images of `size` pixels a side; (1, 0, 0) where that is about as good."""
+    view, opacity, image = (F.interpolate(x[None], size=size, mode='area') for x in (view - (1 - opacity), opacity, image))
+    near = F.avg_pool2d(opacity, 5, stride=1, padding=2)
+    beyond, ring = F.avg_pool2d(view, 5, stride=1, padding=2) / near.clamp(min=1e-6), (near > 0) & (opacity < 0.1)
+    def cost(*where):                   # of each of N places
+        moved = move(image.expand(len(where[0]), -1, -1, -1), *where)
+        if ground is not None:          # mean squared difference of all pixels
+            return (view + (1 - opacity) * ground.view(1, 3, 1, 1) - moved).square().mean((1, 2, 3))
+        inside = (view - opacity * moved).square().mean(1).sum((1, 2)) / opacity.sum().clamp(min=1)    # of the avatar's, and contrast at
+        contrast = (beyond - moved).square().mean(1).clamp(max=0.05) * ring[:, 0]                  # its edge, lest it shrink
+        return inside + CONTRAST * (0.05 - contrast.sum((1, 2)) / ring.sum().clamp(min=1))
+    def best(*axes):
+        where = [x.flatten() for x in torch.meshgrid(*axes, indexing='ij')]
+        costs = cost(*where)
+        return [x[costs.argmin()] for x in where], costs.min()
+    def axis(low, high):
+        return torch.linspace(low, high, 13, device=image.device)
+    (scale, x, y), least = best(axis(*SCALES), axis(*SHIFTS), axis(*SHIFTS))
+    for h in (0.01, 0.003):             # finer, around the best
+        (scale, x, y), least = best(scale + axis(-h, h), x + axis(-h, h) / 2, y + axis(-h, h) / 2)
+    still = torch.tensor([[1.0], [0.0], [0.0]], device=image.device)
+    return still if cost(*still) < 1.5 * least else torch.stack([scale, x, y])[:, None]
+
+def person_before(image, ground):
+    """Pixels (P, P) of an image (3, P, P) in 0..1 save those of the ground's colour (3,) that are joined to the border."""
+    person = (image - ground.view(3, 1, 1)).abs().amax(0) > 0.04
+    person = F.pad(person, (1, 1, 1, 0), value=False).cpu().numpy()     # open to the left, right and top
+    return torch.from_numpy(ndimage.binary_fill_holes(person)[1:, 1:-1]).to(image.device)
+
+def person_near(image, opacity):
+    """Pixels (P, P) of the person in an image (3, P, P) in 0..1 on any ground: GrabCut, started from an avatar's opacity (P, P). None
+    without OpenCV."""
+    if not importlib.util.find_spec('cv2'):
+        return None
+    import cv2
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (21 * len(opacity) // 256 | 1,) * 2)
+    certain, possible = ((opacity > x).byte().cpu().numpy() for x in (0.9, 0.1))
+    mask = np.where(opacity.cpu().numpy() > 0.5, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    mask[cv2.erode(certain, disc) > 0] = cv2.GC_FGD
+    mask[cv2.dilate(possible, disc, iterations=2) == 0] = cv2.GC_BGD
+    if not (mask & 1).any() or (mask & 1).all():    # GC_FGD and GC_PR_FGD are odd; it needs some of both
+        return opacity > 0.5
+    cv2.setRNGSeed(0)
+    pixels = (image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    cv2.grabCut(pixels, mask, None, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_MASK)
+    return torch.from_numpy((mask & 1) > 0).to(image.device)
+
+def onto_white(image, person, ground=None):
+    """An image (3, P, P) in 0..1 -> the same on white but for the pixels `person` (P, P). Those at the rim take the colour of those further
+    in, and of it the share that explains them best before the ground (3,), or for an unknown one what they have of person around them."""
+    person = person.float()[None, None]
+    inner = -F.max_pool2d(-F.pad(person, (2, 2, 2, 2), mode='replicate'), 5, 1)
+    own, weight = (F.avg_pool2d(x, 9, 1, 4) for x in (image * inner, inner))
+    own = torch.where((weight > 0) & (inner == 0), own / weight.clamp(min=1e-6), image)[0]
+    if ground is None:
+        share = F.avg_pool2d(F.pad(person, (1, 1, 1, 1), mode='replicate'), 3, 1)[0]
+    else:
+        colour = ground.view(3, 1, 1)
+        share = ((image - colour) * (own - colour)).sum(0) / (own - colour).square().sum(0).clamp(min=1e-3)
+        share = share.clamp(0, 1) * F.max_pool2d(person, 3, 1, 1)[0]
+    alpha = torch.where(inner[0] > 0, 1.0, share)
+    return (alpha * own + 1 - alpha).clamp(0, 1)
+
+def straighten(models, images, **how):
+    """Portraits (B, 3, P, P) in [-1, 1] -> Seen, found with the avatars of a first sample (how: see rh.generate)."""
+    planes, parts = rh.generate(models, images, **how)[0], []
+    for x, image in zip(planes, (images + 1) / 2):
+        image, field, P = image.to(x.device), rh.PlaneField(x, models['decoder']), image.shape[-1]
+        grid = rh.grid_for(field, models['decoder'].config, x.device)
+        view, opacity = rh.render_view(field, *front_camera(P, x.device), P, P, models['decoder'].config.steps, grid)
+        ground, known = flat_ground(image), torch.ones_like(opacity)[None]
+        moved = register(view.permute(2, 0, 1), opacity[None], image, ground)
+        if moved[0] != 1:
+            image, known = move(image[None], *moved)[0], move(known[None], *moved, padding='zeros')[0]
+        person = person_before(image, ground) if ground is not None else person_near(image, opacity)
+        if person is None:
+            image, believed = torch.lerp(torch.ones_like(image), image, opacity), opacity[None]
+        else:
+            white = ground is not None and ground.min() > 0.99
+            image, believed = image if white else onto_white(image, person, ground), torch.ones_like(known)
+        parts.append((torch.lerp(torch.ones_like(image), image, known) * 2 - 1, believed * (known > 0.99)))
+    return Seen(*(torch.stack(x) for x in zip(*parts)))
+
+def refine_one(planes, image, known, decoder, steps, rays=2048, lr=1e-2, weight_empty=0.1, seed=0, report=lambda loss: None):
+    """`refine` of one avatar: planes (3, C, R, R), image (3, P, P) in [-1, 1], known (1, P, P) in 0..1."""
+    config, device, R, P = decoder.config, planes.device, planes.shape[-1], image.shape[-1]
+    target, known = (x.permute(1, 2, 0).flatten(0, 1) for x in ((image + 1) / 2, known))           # (P^2, 3), (P^2, 1)
+    rays_o, rays_d = rh.view_rays(*front_camera(P, device), P, P)
+    shown, generator = (known[:, 0] > 0).nonzero()[:, 0], torch.Generator().manual_seed(seed)
+    empty = rh.grid_for(rh.PlaneField(planes, decoder), config, device).values <= rh.EMPTY
+    deltas = [torch.zeros(*planes.shape[:2], max(R // n, 2), max(R // n, 2), device=device, requires_grad=True) for n in LEVELS]
+    optimizer = torch.optim.Adam(deltas, betas=(0.9, 0.99))
+    def corrected():
+        return (planes + sum(rh.resize_planes(d, R) for d in deltas)).clamp(-1, 1)
+    for step in range(steps if len(shown) else 0):
+        field = rh.PlaneField(corrected(), decoder)
+        if step % 10 == 0:
+            with torch.no_grad():
+                grid = rh.grid_for(field, config, device, updates=8)
+        pick = shown[torch.randint(len(shown), (rays,), generator=generator).to(device)]
+        rgb, _, _ = rh.render(field, rays_o[pick], rays_d[pick], config.steps, grid, torch.rand(rays, generator=generator).to(device))
+        loss = (known[pick] * (rgb - target[pick]).square()).mean()
+        cell = torch.randint(config.grid, (4096, 3), generator=generator).to(device)               # no fog where there was none
+        points = (cell + torch.rand(4096, 3, generator=generator).to(device)) * (2 / config.grid) - 1
+        fog = F.relu(torch.log(field(points)[0] / rh.EMPTY)) * empty[cell.unbind(1)]
+        optimizer.param_groups[0]['lr'] = lr * 0.1 ** (step / steps)
+        for d, gradient in zip(deltas, torch.autograd.grad(loss + weight_empty * fog.mean(), deltas)):
+            d.grad = gradient
+        optimizer.step()
+        report(loss.item())
+    return corrected().detach()
+
+def refine(planes, seen, decoder, steps, seed=0, progress=False):
+    """Planes (B, 3, C, R, R) of the portraits `seen` -> planes whose front views are these images, after `steps` steps."""
+    with tqdm(total=len(planes) * steps, desc='fitting to the portrait', disable=not progress) as bar:
+        def report(loss):
+            bar.set_postfix_str(f'{-10 * math.log10(max(loss, 1e-10)):.1f} dB', refresh=False)
+            bar.update()
+        return torch.stack([refine_one(x, image, known, decoder, steps, seed=seed, report=report)
+                            for x, image, known in zip(planes, seen.images, seen.known)])
+
+def avatars_of(models, images, refine_steps=40, **how):
+    """Portraits (B, 3, P, P) in [-1, 1] -> planes; straightened, sampled and refined, or with 0 steps only sampled. how: see rh.generate."""
+    if not refine_steps:
+        return rh.generate(models, images, **how)[0]
+    seen = straighten(models, images, **how)
+    return refine(rh.generate(models, seen.images, **how)[0], seen, models['decoder'], refine_steps, seed=how.get('seed', 0))
