@@ -23,9 +23,10 @@ CONTRAST = 0.3                          # how much contrast at the avatar's edge
 
 
 class Seen(NamedTuple):
-    """Portraits as training had them: images (B, 3, P, P) in [-1, 1] on white, and what of them is to be believed, (B, 1, P, P) in 0..1."""
-    images: torch.Tensor
-    known: torch.Tensor
+    """Portraits as training had them."""
+    images: torch.Tensor                # (B, 3, P, P) in [-1, 1], on white
+    alpha: torch.Tensor                 # (B, 1, P, P) in 0..1, whose pixels are the person's
+    known: torch.Tensor                 # (B, 1, P, P) in 0..1, what is to be believed of both
 
 
 def front_camera(P, device):
@@ -39,6 +40,9 @@ def flat_ground(image):
     colour = border.median(dim=1)[0]
     return colour if ((border - colour[:, None]).abs().amax(0) < 0.03).float().mean() > 0.8 else None
 
+def is_white(ground):
+    return ground is not None and bool(ground.min() > 0.99)
+
 def move(images, scale, x, y, padding='border'):
     """Images (B, C, P, P) as they were before batches.place shrank them by scale (B,) and shifted them by x, y (B,), in image widths."""
     theta = torch.stack([torch.stack([1 / scale, 0 * x, -2 * x / scale], dim=1), torch.stack([0 * y, 1 / scale, -2 * y / scale], dim=1)], 1)
@@ -46,7 +50,8 @@ def move(images, scale, x, y, padding='border'):
 
 def register(view, opacity, image, ground, size=64):
     """Scale, x and y, (1,) each, that `move` needs to bring an image (3, P, P) to a view (3, P, P) of opacity (1, P, P), on the ground (3,)
-    or, for None, on any. Search on images of `size` pixels a side; (1, 0, 0) where that is about as good."""
+    or, for None, on any. Search on images of `size` pixels a side; (1, 0, 0) where that is about as good, or on white, as prepared
+    portraits are, half as good."""
     view, opacity, image = (F.interpolate(x[None], size=size, mode='area') for x in (view - (1 - opacity), opacity, image))
     near = F.avg_pool2d(opacity, 5, stride=1, padding=2)
     beyond, ring = F.avg_pool2d(view, 5, stride=1, padding=2) / near.clamp(min=1e-6), (near > 0) & (opacity < 0.1)
@@ -67,7 +72,7 @@ def register(view, opacity, image, ground, size=64):
     for h in (0.01, 0.003):             # finer, around the best
         (scale, x, y), least = best(scale + axis(-h, h), x + axis(-h, h) / 2, y + axis(-h, h) / 2)
     still = torch.tensor([[1.0], [0.0], [0.0]], device=image.device)
-    return still if cost(*still) < 1.5 * least else torch.stack([scale, x, y])[:, None]
+    return still if cost(*still) < (2 if is_white(ground) else 1.2) * least else torch.stack([scale, x, y])[:, None]
 
 def person_before(image, ground):
     """Pixels (P, P) of an image (3, P, P) in 0..1 save those of the ground's colour (3,) that are joined to the border."""
@@ -94,8 +99,9 @@ def person_near(image, opacity):
     return torch.from_numpy((mask & 1) > 0).to(image.device)
 
 def onto_white(image, person, ground=None):
-    """An image (3, P, P) in 0..1 -> the same on white but for the pixels `person` (P, P). Those at the rim take the colour of those further
-    in, and of it the share that explains them best before the ground (3,), or for an unknown one what they have of person around them."""
+    """An image (3, P, P) in 0..1 -> the same on white but for the pixels `person` (P, P), and its alpha (1, P, P). Pixels at the rim take
+    the colour of those further in, and as alpha the share of it that explains them best before the ground (3,), or before an unknown one
+    the share of person around them."""
     person = person.float()[None, None]
     inner = -F.max_pool2d(-F.pad(person, (2, 2, 2, 2), mode='replicate'), 5, 1)
     own, weight = (F.avg_pool2d(x, 9, 1, 4) for x in (image * inner, inner))
@@ -107,7 +113,7 @@ def onto_white(image, person, ground=None):
         share = ((image - colour) * (own - colour)).sum(0) / (own - colour).square().sum(0).clamp(min=1e-3)
         share = share.clamp(0, 1) * F.max_pool2d(person, 3, 1, 1)[0]
     alpha = torch.where(inner[0] > 0, 1.0, share)
-    return (alpha * own + 1 - alpha).clamp(0, 1)
+    return image if is_white(ground) else (alpha * own + 1 - alpha).clamp(0, 1), alpha
 
 def straighten(models, images, **how):
     """Portraits (B, 3, P, P) in [-1, 1] -> Seen, found with the avatars of a first sample (how: see rh.generate)."""
@@ -122,17 +128,16 @@ def straighten(models, images, **how):
             image, known = move(image[None], *moved)[0], move(known[None], *moved, padding='zeros')[0]
         person = person_before(image, ground) if ground is not None else person_near(image, opacity)
         if person is None:
-            image, believed = torch.lerp(torch.ones_like(image), image, opacity), opacity[None]
+            image, alpha, believed = torch.lerp(torch.ones_like(image), image, opacity), torch.ones_like(known), opacity[None]
         else:
-            white = ground is not None and ground.min() > 0.99
-            image, believed = image if white else onto_white(image, person, ground), torch.ones_like(known)
-        parts.append((torch.lerp(torch.ones_like(image), image, known) * 2 - 1, believed * (known > 0.99)))
+            (image, alpha), believed = onto_white(image, person, ground), torch.ones_like(known)
+        parts.append((torch.lerp(torch.ones_like(image), image, known) * 2 - 1, alpha, believed * (known > 0.99)))
     return Seen(*(torch.stack(x) for x in zip(*parts)))
 
-def refine_one(planes, image, known, decoder, steps, rays=2048, lr=1e-2, weight_empty=0.1, seed=0, report=lambda loss: None):
-    """`refine` of one avatar: planes (3, C, R, R), image (3, P, P) in [-1, 1], known (1, P, P) in 0..1."""
+def refine_one(planes, image, alpha, known, decoder, steps, rays=2048, lr=1e-2, weight_empty=0.1, seed=0, report=lambda loss: None):
+    """`refine` of one avatar: planes (3, C, R, R), image (3, P, P) in [-1, 1], alpha and known (1, P, P)."""
     config, device, R, P = decoder.config, planes.device, planes.shape[-1], image.shape[-1]
-    target, known = (x.permute(1, 2, 0).flatten(0, 1) for x in ((image + 1) / 2, known))           # (P^2, 3), (P^2, 1)
+    target, alpha, known = (x.permute(1, 2, 0).flatten(0, 1) for x in ((image + 1) / 2, alpha, known))         # (P^2, 3), (P^2, 1)
     rays_o, rays_d = rh.view_rays(*front_camera(P, device), P, P)
     shown, generator = (known[:, 0] > 0).nonzero()[:, 0], torch.Generator().manual_seed(seed)
     empty = rh.grid_for(rh.PlaneField(planes, decoder), config, device).values <= rh.EMPTY
@@ -146,8 +151,10 @@ def refine_one(planes, image, known, decoder, steps, rays=2048, lr=1e-2, weight_
             with torch.no_grad():
                 grid = rh.grid_for(field, config, device, updates=8)
         pick = shown[torch.randint(len(shown), (rays,), generator=generator).to(device)]
-        rgb, _, _ = rh.render(field, rays_o[pick], rays_d[pick], config.steps, grid, torch.rand(rays, generator=generator).to(device))
-        loss = (known[pick] * (rgb - target[pick]).square()).mean()
+        shift, ground = (torch.rand(n, generator=generator).to(device) for n in (rays, (rays, 3)))
+        rgb, _, _ = rh.render(field, rays_o[pick], rays_d[pick], config.steps, grid, shift, ground)
+        error = rgb - target[pick] + (1 - alpha[pick]) * (1 - ground)   # on random grounds: on white, what should be empty may turn white
+        loss = (known[pick] * error.square()).mean()
         cell = torch.randint(config.grid, (4096, 3), generator=generator).to(device)               # no fog where there was none
         points = (cell + torch.rand(4096, 3, generator=generator).to(device)) * (2 / config.grid) - 1
         fog = F.relu(torch.log(field(points)[0] / rh.EMPTY)) * empty[cell.unbind(1)]
@@ -164,11 +171,11 @@ def refine(planes, seen, decoder, steps, seed=0, progress=False):
         def report(loss):
             bar.set_postfix_str(f'{-10 * math.log10(max(loss, 1e-10)):.1f} dB', refresh=False)
             bar.update()
-        return torch.stack([refine_one(x, image, known, decoder, steps, seed=seed, report=report)
-                            for x, image, known in zip(planes, seen.images, seen.known)])
+        return torch.stack([refine_one(x, *one, decoder, steps, seed=seed, report=report)
+                            for x, *one in zip(planes, *seen)])
 
 def avatars_of(models, images, refine_steps=40, **how):
-    """Portraits (B, 3, P, P) in [-1, 1] -> planes; straightened, sampled and refined, or with 0 steps only sampled. how: see rh.generate."""
+    """Portraits (B, 3, P, P) in [-1, 1] -> planes; straightened, sampled and refined, or for 0 only sampled. how: see rh.generate."""
     if not refine_steps:
         return rh.generate(models, images, **how)[0]
     seen = straighten(models, images, **how)

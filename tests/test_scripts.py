@@ -323,7 +323,7 @@ def test_layout():
     lines = (ROOT / 'rodinhd.py').read_text().splitlines()
     chapters = [int(m.group(1)) for line in lines if (m := re.match(r'# (\d+) .*---$', line))]
     assert chapters == list(range(1, 12)) and len(lines) <= 1300
-    for name in [*SCRIPTS, 'batches.py', 'export.py', 'photo.py', 'shortcuts.py', 'words.py']:
+    for name in [*SCRIPTS, 'batches.py', 'export.py', 'photo.py', 'refine.py', 'shortcuts.py', 'words.py']:
         text = (ROOT / name).read_text()
         assert len(text.splitlines()) <= (450 if name == 'evaluate.py' else 250)
         assert not re.search(r'^\s*(?:import|from) (?:avatars|fit|train|sample|evaluate|figures|tables)\b', text, re.M)
