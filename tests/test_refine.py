@@ -84,9 +84,9 @@ def test_refine_makes_the_front_view_the_portrait():
     field = rh.PlaneField(other, decoder)
     opacity = rh.render_view(field, *camera, 64, 64, 256, rh.grid_for(field, decoder.config))[1]
     seen = refine.Seen(view(other)[None] * 2 - 1, opacity[None, None], torch.ones(1, 1, 64, 64))
-    ours = refine.refine(planes[None], seen, decoder, 20)
+    ours = refine.refine(planes[None], seen, decoder, 8)
     assert ours.shape == (1, 3, 16, 128, 128) and ours.abs().max() <= 1
     assert rh.psnr(view(ours[0]), view(other)) > rh.psnr(view(planes), view(other)) + 3
-    assert torch.equal(ours, refine.refine(planes[None], seen, decoder, 20))
+    assert torch.equal(ours, refine.refine(planes[None], seen, decoder, 8))
     unknown = seen._replace(known=torch.zeros(1, 1, 64, 64))
     assert torch.equal(refine.refine(planes[None], unknown, decoder, 20)[0], planes)

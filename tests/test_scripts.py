@@ -177,7 +177,7 @@ def test_from_one_portrait_to_another(walk, monkeypatch):
     """The ends are the avatars of the two portraits, each with its own noise."""
     monkeypatch.chdir(walk)
     first, last = (f'data/avatar_000{i}/train/r_000.png' for i in (0, 1))
-    how = ['--frames', 4, '--size', 16, '--name']
+    how = ['--frames', 4, '--size', 16, '--refine', 3, '--name']
     run(sample, '--portrait', first, '--interpolate', last, '--count', 3, *how, 'between')
     run(sample, '--portrait', first, *how, 'first')
     run(sample, '--portrait', last, '--seed', 1, *how, 'last')
@@ -197,7 +197,7 @@ def test_sampling_from_a_crop(walk, monkeypatch):
         pytest.skip('this OpenCV has no face cascades')
     monkeypatch.chdir(walk)
     face = 'data/avatar_0000/train/r_000.png'
-    run(sample, '--portrait', face, '--crop', 0, 0, 64, '--frames', 1, '--size', 16, '--name', 'cropped')
+    run(sample, '--portrait', face, '--crop', 0, 0, 64, '--frames', 1, '--size', 16, '--refine', 0, '--name', 'cropped')
     assert (walk / 'samples/cropped/align.png').exists() and Image.open(walk / 'samples/cropped/portrait.png').size == (64, 64)
     with pytest.raises(SystemExit, match='--crop goes with one portrait'):
         run(sample, '--portrait', face, face, '--crop', 0, 0, 64)
