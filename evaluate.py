@@ -411,8 +411,8 @@ def unconditional(args, rank, world, device):
 def main(args):
     rank, world, device = rh.start(args.device, args.seed)
     counts = (args.views, args.count, args.consistency, args.unconditional, *(args.steps or ()))
-    if min(1 if c is None else c for c in counts) < 1 or max(args.steps or [1]) > 100:
-        rh.stop('--views, --count, --consistency and --unconditional must be at least 1, --steps 1 to 100')
+    if min(1 if c is None else c for c in counts) < 1 or max(args.steps or [1]) > 100 or args.refine < 0:
+        rh.stop('--views, --count, --consistency and --unconditional must be at least 1, --steps 1 to 100, --refine at least 0')
     args.images = [item.partition('=')[::2] for item in args.images]
     if args.disturb and not args.disturb.is_dir():
         rh.stop(f'--disturb {args.disturb}: no such folder; give one with photographs, or an empty one for flat colours alone')

@@ -115,23 +115,28 @@ def onto_white(image, person, ground=None):
     alpha = torch.where(inner[0] > 0, 1.0, share)
     return image if is_white(ground) else (alpha * own + 1 - alpha).clamp(0, 1), alpha
 
+@torch.autocast('cpu', enabled=False)
+@torch.autocast('cuda', enabled=False)
+def straighten_one(planes, image, decoder):
+    """`straighten` of one portrait (3, P, P) in [-1, 1], with the planes (3, C, R, R) of the avatar first sampled from it."""
+    field, image, P = rh.PlaneField(planes.float(), decoder), (image + 1) / 2, image.shape[-1]
+    grid = rh.grid_for(field, decoder.config, planes.device)
+    view, opacity = rh.render_view(field, *front_camera(P, planes.device), P, P, decoder.config.steps, grid)
+    ground, known = flat_ground(image), torch.ones_like(opacity)[None]
+    moved = register(view.permute(2, 0, 1), opacity[None], image, ground)
+    if moved[0] != 1:
+        image, known = move(image[None], *moved)[0], move(known[None], *moved, padding='zeros')[0]
+    person = person_before(image, ground) if ground is not None else person_near(image, opacity)
+    if person is None:
+        image, alpha, believed = torch.lerp(torch.ones_like(image), image, opacity), torch.ones_like(known), opacity[None]
+    else:
+        (image, alpha), believed = onto_white(image, person, ground), torch.ones_like(known)
+    return torch.lerp(torch.ones_like(image), image, known) * 2 - 1, alpha, believed * (known > 0.99)
+
 def straighten(models, images, **how):
     """Portraits (B, 3, P, P) in [-1, 1] -> Seen, found with the avatars of a first sample (how: see rh.generate)."""
-    planes, parts = rh.generate(models, images, **how)[0], []
-    for x, image in zip(planes, (images + 1) / 2):
-        image, field, P = image.to(x.device), rh.PlaneField(x, models['decoder']), image.shape[-1]
-        grid = rh.grid_for(field, models['decoder'].config, x.device)
-        view, opacity = rh.render_view(field, *front_camera(P, x.device), P, P, models['decoder'].config.steps, grid)
-        ground, known = flat_ground(image), torch.ones_like(opacity)[None]
-        moved = register(view.permute(2, 0, 1), opacity[None], image, ground)
-        if moved[0] != 1:
-            image, known = move(image[None], *moved)[0], move(known[None], *moved, padding='zeros')[0]
-        person = person_before(image, ground) if ground is not None else person_near(image, opacity)
-        if person is None:
-            image, alpha, believed = torch.lerp(torch.ones_like(image), image, opacity), torch.ones_like(known), opacity[None]
-        else:
-            (image, alpha), believed = onto_white(image, person, ground), torch.ones_like(known)
-        parts.append((torch.lerp(torch.ones_like(image), image, known) * 2 - 1, alpha, believed * (known > 0.99)))
+    planes = rh.generate(models, images, **how)[0]
+    parts = [straighten_one(x, image.to(x.device), models['decoder']) for x, image in zip(planes, images)]
     return Seen(*(torch.stack(x) for x in zip(*parts)))
 
 def refine_one(planes, image, alpha, known, decoder, steps, rays=2048, lr=1e-2, weight_empty=0.1, seed=0, report=lambda loss: None):
