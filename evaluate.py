@@ -355,17 +355,16 @@ def consistency(args, rank, world, device):
     for folder in tqdm(some(rh.list_avatars(args.data), args.consistency)[rank::world], disable=rank > 0, desc='consistency'):
         portrait = rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), models['upsample'].config.portrait))
         planes = refine.avatars_of(models, portrait[None], args.refine, seed=args.seed)[0]
-        sharp = ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)
-        def shots(views, sharpen, planes=planes, sharp=sharp):          # (V, 3, H, W) on white, and as Views with alpha
+        def shots(views, planes=planes):    # (V, 3, H, W) on white, and as Views with alpha; then the same sharpened
             rgb, alpha = photograph(planes, decoder, views, device)
             pixels = [Image.fromarray(x.permute(1, 2, 0).mul(255).round().byte().numpy()) for x in rgb]
-            pixels = np.stack([np.asarray(x.filter(sharp) if sharpen else x) for x in pixels])
-            rgb = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-            straight = torch.where(alpha > 0, (rgb - 1 + alpha) / alpha.clamp(min=1e-3), 0.0)
-            images = (torch.cat([straight, alpha], dim=1).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-            return rgb, views._replace(images=images)
-        plain, sharpened = shots(train, False)[1], shots(train, True)[1]
-        truth, sharp_truth = shots(test, False)[0], shots(test, True)[0]
+            for images in pixels, [x.filter(ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)) for x in pixels]:
+                rgb = torch.from_numpy(np.stack([np.asarray(x) for x in images])).permute(0, 3, 1, 2) / 255
+                straight = torch.where(alpha > 0, (rgb - 1 + alpha) / alpha.clamp(min=1e-3), 0.0)
+                images = (torch.cat([straight, alpha], dim=1).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+                yield rgb, views._replace(images=images)
+        (_, plain), (_, sharpened) = shots(train)
+        (truth, _), (sharp_truth, _) = shots(test)
         fresh, _, _ = rh.fit_avatar(plain, decoder.start, decoder, config, steps=config.fit_steps, seed=args.seed)
         ours = {'planes': (photograph(fresh, decoder, test, device)[0], truth)}
         for name, views, target in (('surface', plain, truth), ('sharpened', sharpened, sharp_truth)):

@@ -50,29 +50,28 @@ def move(images, scale, x, y, padding='border'):
 
 def register(view, opacity, image, ground, size=64):
     """Scale, x and y, (1,) each, that `move` needs to bring an image (3, P, P) to a view (3, P, P) of opacity (1, P, P), on the ground (3,)
-    or, for None, on any. Search on images of `size` pixels a side; (1, 0, 0) where that is about as good, or on white, as prepared
-    portraits are, half as good."""
-    view, opacity, image = (F.interpolate(x[None], size=size, mode='area') for x in (view - (1 - opacity), opacity, image))
-    near = F.avg_pool2d(opacity, 5, stride=1, padding=2)
-    beyond, ring = F.avg_pool2d(view, 5, stride=1, padding=2) / near.clamp(min=1e-6), (near > 0) & (opacity < 0.1)
-    def cost(*where):                   # of each of N places
-        moved = move(image.expand(len(where[0]), -1, -1, -1), *where)
+    or, for None, on any. Search on images of size / 2 pixels a side, then of `size` and of twice that; (1, 0, 0) where that is about as
+    good, or on white, as prepared portraits are, half as good."""
+    def cost(where, size):              # of each of N places
+        v, a, moved = (F.interpolate(x[None], size=size, mode='area') for x in (view - (1 - opacity), opacity, image))
+        near, moved = F.avg_pool2d(a, 5, stride=1, padding=2), move(moved.expand(len(where[0]), -1, -1, -1), *where)
         if ground is not None:          # mean squared difference of all pixels
-            return (view + (1 - opacity) * ground.view(1, 3, 1, 1) - moved).square().mean((1, 2, 3))
-        inside = (view - opacity * moved).square().mean(1).sum((1, 2)) / opacity.sum().clamp(min=1)    # of the avatar's, and contrast at
-        contrast = (beyond - moved).square().mean(1).clamp(max=0.05) * ring[:, 0]                  # its edge, lest it shrink
+            return (v + (1 - a) * ground.view(1, 3, 1, 1) - moved).square().mean((1, 2, 3))
+        beyond, ring = F.avg_pool2d(v, 5, stride=1, padding=2) / near.clamp(min=1e-6), (near > 0) & (a < 0.1)
+        inside = (v - a * moved).square().mean(1).sum((1, 2)) / a.sum().clamp(min=1)               # of the avatar's, and contrast at its
+        contrast = (beyond - moved).square().mean(1).clamp(max=0.05) * ring[:, 0]                  # edge, lest it shrink
         return inside + CONTRAST * (0.05 - contrast.sum((1, 2)) / ring.sum().clamp(min=1))
-    def best(*axes):
+    def best(size, *axes):
         where = [x.flatten() for x in torch.meshgrid(*axes, indexing='ij')]
-        costs = cost(*where)
+        costs = cost(where, size)
         return [x[costs.argmin()] for x in where], costs.min()
-    def axis(low, high):
-        return torch.linspace(low, high, 13, device=image.device)
-    (scale, x, y), least = best(axis(*SCALES), axis(*SHIFTS), axis(*SHIFTS))
-    for h in (0.01, 0.003):             # finer, around the best
-        (scale, x, y), least = best(scale + axis(-h, h), x + axis(-h, h) / 2, y + axis(-h, h) / 2)
+    def axis(low, high, n):
+        return torch.linspace(low, high, n, device=image.device)
+    (scale, x, y), least = best(size // 2, axis(*SCALES, 13), axis(*SHIFTS, 13), axis(*SHIFTS, 13))
+    for n, h, m in ((1, 0.03, 9), (2, 0.005, 7)):            # finer, around the best
+        (scale, x, y), least = best(n * size, scale + axis(-h, h, m), x + axis(-h, h, m) / 2, y + axis(-h, h, m) / 2)
     still = torch.tensor([[1.0], [0.0], [0.0]], device=image.device)
-    return still if cost(*still) < (2 if is_white(ground) else 1.2) * least else torch.stack([scale, x, y])[:, None]
+    return still if cost(still, 2 * size) < (2 if is_white(ground) else 1.2) * least else torch.stack([scale, x, y])[:, None]
 
 def person_before(image, ground):
     """Pixels (P, P) of an image (3, P, P) in 0..1 save those of the ground's colour (3,) that are joined to the border."""

@@ -37,7 +37,7 @@ def walk(tmp_path_factory, data):
     (folder / 'data').symlink_to(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run(fit, '--decoder', '--preset', 'tiny', '--watch', '--set', 'inner=10', 'outer=2')
+        run(fit, '--decoder', '--preset', 'tiny', '--watch', '--set', 'inner=10', 'outer=2', 'fit_steps=40')
         run(fit, '--preset', 'tiny', '--set', 'fit_steps=40')
         run(train, '--stage', 'vae', '--preset', 'tiny', '--set', 'vae_steps=4')
         run(train, '--stage', 'base', '--preset', 'tiny', '--set', 'base_steps=4')
@@ -45,7 +45,7 @@ def walk(tmp_path_factory, data):
         run(sample, '--unconditional', '--count', 2, '--frames', 2, '--size', 32)
         run(sample, '--portrait', 'data/avatar_0000/train/r_000.png', 'data/avatar_0001/train/r_000.png', '--count', 2, '--frames', 2,
             '--size', 32, '--bf16', '--name', 'me', '--refine', 3)
-        run(evaluate, '--views', 2, '--disturb', 'data', '--guidance', 1, 2, '--refine', 3)
+        run(evaluate, '--count', 1, '--views', 2, '--disturb', 'data', '--guidance', 1, 2, '--refine', 3)
         run(evaluate, '--consistency', 1, '--refine', 3)
         run(evaluate, '--unconditional', 2)
         run(figures, 'forgetting')
@@ -236,7 +236,7 @@ def test_what_is_out_of_order_ends_in_one_line(walk, args, message):
     ['fit.py', '--decoder', '--preset', 'tiny', '--data', 'three', '--fits', 'fits2', '--set', 'inner=5', 'outer=2'],
     ['fit.py', '--preset', 'tiny', '--data', 'three', '--fits', 'fits3', '--set', 'fit_steps=5'],
     ['train.py', '--stage', 'upsample', '--preset', 'tiny', '--runs', 'runs2', '--set', 'up_steps=2'],
-    ['evaluate.py', '--views', '1', '--out', 'results2'],
+    ['evaluate.py', '--views', '1', '--refine', '3', '--out', 'results2'],
 ], ids=['fit-decoder', 'fit', 'train', 'evaluate'])
 def test_two_ranks(walk, args):
     """Under torchrun; three avatars for two ranks, so one of them has nothing to do at the end of a round."""
