@@ -231,17 +231,17 @@ def read_renders(renders, folder, truth):
     return images if images.shape == truth.shape else F.interpolate(images, size=truth.shape[2:], mode='area')
 
 def candidates_for(folder, shown, args, models, fitted_decoder, baselines, device):
-    """{row of the table: (planes, decoder), or a folder of renders} of one avatar; shown: {row: portrait (3, P, P)}."""
+    """{row of the table: (planes, decoder), or a folder of renders} of one avatar; shown: {row: (portrait, alpha)}."""
     config, candidates = models['upsample'].config, {name: Path(root) / folder.name for name, root in args.images}
     if (args.fits / f'{folder.name}.pt').exists():
         candidates['fitted'] = read_planes(args.fits / f'{folder.name}.pt', device), fitted_decoder
     settings = list(itertools.product(args.guidance or [config.guidance], args.steps or [config.sample_steps]))
-    for (name, portrait), (guidance, steps) in itertools.product(shown.items(), settings):
+    for (name, (portrait, alpha)), (guidance, steps) in itertools.product(shown.items(), settings):
         name = name if len(settings) == 1 else f'{name}, s={guidance:g}, {steps} steps'
         how = dict(guidance=guidance, steps=steps, seed=args.seed)
-        candidates[name] = refine.avatars_of(models, portrait[None], args.refine, **how)[0], models['decoder']
+        candidates[name] = refine.avatars_of(models, portrait[None], args.refine, alpha[None], **how)[0], models['decoder']
     if args.refine and len(settings) == 1:
-        candidates['sampled'] = rh.generate(models, shown['generated'][None], **how)[0][0], models['decoder']
+        candidates['sampled'] = rh.generate(models, shown['generated'][0][None], **how)[0][0], models['decoder']
     if neighbours := baselines.neighbours(thumbnail(folder), but=folder.name):
         candidates['nearest'] = baselines.planes[neighbours[0][1]](), fitted_decoder
         candidates['mean'] = baselines.mean, fitted_decoder
@@ -259,11 +259,12 @@ def evaluate(args, rank, world, device):
         box = rh.read_box(folder)
         views = rh.load_views(folder, 'test', box, most=args.views) or rh.load_views(folder, 'train', box, most=args.views)
         front, (rgb, alpha) = portrait_view(folder, box), rh.read_portrait(rh.portrait_path(folder), config.portrait)
-        shown = {'generated': rh.portrait_on_white(rgb, alpha)}
+        shown = {'generated': (rh.portrait_on_white(rgb, alpha), alpha)}
         if args.disturb:
-            shown['disturbed'] = batches.disturb(rgb, alpha, photographs, zlib.crc32(folder.name.encode()) + args.seed)
+            image = batches.disturb(rgb, alpha, photographs, zlib.crc32(folder.name.encode()) + args.seed)
+            shown['disturbed'] = image, torch.ones_like(alpha)
         truth = torch.stack([rh.on_white(views.images[i]).permute(2, 0, 1) for i in range(len(views.images))])
-        seen = [F.interpolate((p[None] + 1) / 2, size=truth.shape[2:], mode='area')[0] for p in shown.values()]
+        seen = [F.interpolate((p[None] + 1) / 2, size=truth.shape[2:], mode='area')[0] for p, _ in shown.values()]
         strip, results[folder.name] = [] if args.no_truth else [*seen, truth[0], truth[-1]], {}
         features.setdefault('truth', []).extend({n: f(x) for n, f in features_of.items()} for x in truth)
         for name, planes in candidates_for(folder, shown, args, models, fitted_decoder, baselines, device).items():
@@ -353,8 +354,8 @@ def consistency(args, rank, world, device):
     test = cameras([(15 + 60 * i, 25 * (i % 2) - 4) for i in range(6)], config.portrait)
     scores, sheet = {}, Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
     for folder in tqdm(some(rh.list_avatars(args.data), args.consistency)[rank::world], disable=rank > 0, desc='consistency'):
-        portrait = rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), models['upsample'].config.portrait))
-        planes = refine.avatars_of(models, portrait[None], args.refine, seed=args.seed)[0]
+        rgb, alpha = rh.read_portrait(rh.portrait_path(folder), models['upsample'].config.portrait)
+        planes = refine.avatars_of(models, rh.portrait_on_white(rgb, alpha)[None], args.refine, alpha[None], seed=args.seed)[0]
         def shots(views, planes=planes):    # (V, 3, H, W) on white, and as Views with alpha; then the same sharpened
             rgb, alpha = photograph(planes, decoder, views, device)
             pixels = [Image.fromarray(x.permute(1, 2, 0).mul(255).round().byte().numpy()) for x in rgb]
@@ -386,7 +387,7 @@ def unconditional(args, rank, world, device):
     """Avatars of nobody: PSNR of frontal views, 64 x 64, between each and its nearest other, and its nearest training avatar, beside the
     same of training avatars among themselves. The picture shows samples, each with its three nearest training avatars, refitted."""
     models, fitted_decoder = load(args, device)
-    baselines, front, samples = Baselines(args, device), cameras([(0, 0)], models['vae'].config.portrait // 2), []
+    baselines, front, samples = Baselines(args, device), cameras([(0, 2)], models['vae'].config.portrait // 2), []
     for i in tqdm(range(rank, args.unconditional, world), disable=rank > 0, desc='unconditional'):
         planes = rh.generate(models, 1, seed=args.seed + i)[0][0]
         samples.append((i, photograph(planes, models['decoder'], front, device)[0][0]))
@@ -428,8 +429,8 @@ def parse(argv=None):
     p.add_argument('--count', type=int, help='only this many avatars, evenly spread')
     p.add_argument('--views', type=int, default=6, help='held-out views of each')
     p.add_argument('--no-truth', action='store_true', help='a picture without the data set\'s own images')
-    p.add_argument('--guidance', type=float, nargs='+', help='of the base model (default: the preset\'s)')
-    p.add_argument('--steps', type=int, nargs='+', help='sampling steps of each model (default: the preset\'s)')
+    p.add_argument('--guidance', type=float, nargs='+', help='of the base model (default: its own)')
+    p.add_argument('--steps', type=int, nargs='+', help='sampling steps of each model (default: its own)')
     p.add_argument('--refine', type=int, default=40, metavar='STEPS', help='of fitting to the portrait (see refine.py); 0: none')
     p.add_argument('--disturb', type=Path, metavar='FOLDER', help='also portraits shifted, scaled, on other backgrounds')
     p.add_argument('--images', nargs='+', default=[], metavar='NAME=FOLDER', help='also renders of others, FOLDER/<avatar>/<view>.png')

@@ -50,8 +50,8 @@ def move(images, scale, x, y, padding='border'):
 
 def register(view, opacity, image, ground, size=64):
     """Scale, x and y, (1,) each, that `move` needs to bring an image (3, P, P) to a view (3, P, P) of opacity (1, P, P), on the ground (3,)
-    or, for None, on any. Search on images of size / 2 pixels a side, then of `size` and of twice that; (1, 0, 0) where that is about as
-    good, or on white, as prepared portraits are, half as good."""
+    or, for None, on any. Search on images of size / 2 pixels a side, then of `size` and of twice that; None where the image as it is does
+    about as well, or on white, as prepared portraits are, half as well."""
     def cost(where, size):              # of each of N places
         v, a, moved = (F.interpolate(x[None], size=size, mode='area') for x in (view - (1 - opacity), opacity, image))
         near, moved = F.avg_pool2d(a, 5, stride=1, padding=2), move(moved.expand(len(where[0]), -1, -1, -1), *where)
@@ -71,13 +71,13 @@ def register(view, opacity, image, ground, size=64):
     for n, h, m in ((1, 0.03, 9), (2, 0.005, 7)):            # finer, around the best
         (scale, x, y), least = best(n * size, scale + axis(-h, h, m), x + axis(-h, h, m) / 2, y + axis(-h, h, m) / 2)
     still = torch.tensor([[1.0], [0.0], [0.0]], device=image.device)
-    return still if cost(still, 2 * size) < (2 if is_white(ground) else 1.2) * least else torch.stack([scale, x, y])[:, None]
+    return None if cost(still, 2 * size) < (2 if is_white(ground) else 1.2) * least else torch.stack([scale, x, y])[:, None]
 
 def person_before(image, ground):
     """Pixels (P, P) of an image (3, P, P) in 0..1 save those of the ground's colour (3,) that are joined to the border."""
     person = (image - ground.view(3, 1, 1)).abs().amax(0) > 0.04
-    person = F.pad(person, (1, 1, 1, 0), value=False).cpu().numpy()     # open to the left, right and top
-    return torch.from_numpy(ndimage.binary_fill_holes(person)[1:, 1:-1]).to(image.device)
+    person = F.pad(F.pad(person, (1, 1, 1, 0)), (0, 0, 0, 1), value=True).cpu().numpy()         # a bust goes on below
+    return torch.from_numpy(ndimage.binary_fill_holes(person)[1:-1, 1:-1]).to(image.device)
 
 def person_near(image, opacity):
     """Pixels (P, P) of the person in an image (3, P, P) in 0..1 on any ground: GrabCut, started from an avatar's opacity (P, P). None
@@ -116,26 +116,30 @@ def onto_white(image, person, ground=None):
 
 @torch.autocast('cpu', enabled=False)
 @torch.autocast('cuda', enabled=False)
-def straighten_one(planes, image, decoder):
-    """`straighten` of one portrait (3, P, P) in [-1, 1], with the planes (3, C, R, R) of the avatar first sampled from it."""
+def straighten_one(planes, image, alpha, decoder):
+    """`straighten` of one portrait (3, P, P) in [-1, 1] of alpha (1, P, P), with the planes (3, C, R, R) of the avatar first sampled."""
     field, image, P = rh.PlaneField(planes.float(), decoder), (image + 1) / 2, image.shape[-1]
     grid = rh.grid_for(field, decoder.config, planes.device)
     view, opacity = rh.render_view(field, *front_camera(P, planes.device), P, P, decoder.config.steps, grid)
-    ground, known = flat_ground(image), torch.ones_like(opacity)[None]
-    moved = register(view.permute(2, 0, 1), opacity[None], image, ground)
-    if moved[0] != 1:
-        image, known = move(image[None], *moved)[0], move(known[None], *moved, padding='zeros')[0]
-    person = person_before(image, ground) if ground is not None else person_near(image, opacity)
-    if person is None:
-        image, alpha, believed = torch.lerp(torch.ones_like(image), image, opacity), torch.ones_like(known), opacity[None]
-    else:
-        (image, alpha), believed = onto_white(image, person, ground), torch.ones_like(known)
+    ground, known, separate = flat_ground(image), torch.ones_like(alpha), alpha.min() < 0.5            # with alpha it is separate already
+    if (where := register(view.permute(2, 0, 1), opacity[None], image, ground)) is not None:
+        image = move(image[None], *where)[0]
+        alpha, known = (move(x[None], *where, padding='zeros')[0] for x in (alpha, known))
+    believed = torch.ones_like(known)
+    if not separate:
+        person = person_before(image, ground) if ground is not None else person_near(image, opacity)
+        if person is None:
+            image, believed = torch.lerp(torch.ones_like(image), image, opacity), opacity[None]
+        else:
+            image, alpha = onto_white(image, person, ground)
     return torch.lerp(torch.ones_like(image), image, known) * 2 - 1, alpha, believed * (known > 0.99)
 
-def straighten(models, images, **how):
-    """Portraits (B, 3, P, P) in [-1, 1] -> Seen, found with the avatars of a first sample (how: see rh.generate)."""
+def straighten(models, images, alpha=None, **how):
+    """Portraits (B, 3, P, P) in [-1, 1], on white where they have alpha (B, 1, P, P) below 1 -> Seen, found with the avatars of a first
+    sample (how: see rh.generate)."""
     planes = rh.generate(models, images, **how)[0]
-    parts = [straighten_one(x, image.to(x.device), models['decoder']) for x, image in zip(planes, images)]
+    images, alpha = images.to(planes.device), torch.ones(len(images), 1, *images.shape[2:]) if alpha is None else alpha
+    parts = [straighten_one(*one, models['decoder']) for one in zip(planes, images, alpha.to(planes.device))]
     return Seen(*(torch.stack(x) for x in zip(*parts)))
 
 def refine_one(planes, image, alpha, known, decoder, steps, rays=2048, lr=1e-2, weight_empty=0.1, seed=0, report=lambda loss: None):
@@ -161,7 +165,7 @@ def refine_one(planes, image, alpha, known, decoder, steps, rays=2048, lr=1e-2, 
         loss = (known[pick] * error.square()).mean()
         cell = torch.randint(config.grid, (4096, 3), generator=generator).to(device)               # no fog where there was none
         points = (cell + torch.rand(4096, 3, generator=generator).to(device)) * (2 / config.grid) - 1
-        fog = F.relu(torch.log(field(points)[0] / rh.EMPTY)) * empty[cell.unbind(1)]
+        fog = torch.log(field(points)[0].clamp(min=rh.EMPTY) / rh.EMPTY) * empty[cell.unbind(1)]
         optimizer.param_groups[0]['lr'] = lr * 0.1 ** (step / steps)
         for d, gradient in zip(deltas, torch.autograd.grad(loss + weight_empty * fog.mean(), deltas)):
             d.grad = gradient
@@ -178,9 +182,10 @@ def refine(planes, seen, decoder, steps, seed=0, progress=False):
         return torch.stack([refine_one(x, *one, decoder, steps, seed=seed, report=report)
                             for x, *one in zip(planes, *seen)])
 
-def avatars_of(models, images, refine_steps=40, **how):
-    """Portraits (B, 3, P, P) in [-1, 1] -> planes; straightened, sampled and refined, or for 0 only sampled. how: see rh.generate."""
+def avatars_of(models, images, refine_steps=40, alpha=None, **how):
+    """Portraits (B, 3, P, P) in [-1, 1], on white where they have alpha (B, 1, P, P) below 1 -> planes; straightened, sampled and refined,
+    or for 0 steps only sampled. how: see rh.generate."""
     if not refine_steps:
         return rh.generate(models, images, **how)[0]
-    seen = straighten(models, images, **how)
+    seen = straighten(models, images, alpha, **how)
     return refine(rh.generate(models, seen.images, **how)[0], seen, models['decoder'], refine_steps, seed=how.get('seed', 0))

@@ -678,7 +678,7 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
                 cell = torch.randint(config.grid, (4096, 3), generator=generator).to(device)
                 points = (cell + torch.rand(4096, 3, generator=generator).to(device)) * (2 / config.grid) - 1
                 sigma = PlaneField(view, decoder)(points)[0]            # a push on log density would harden a decoder in the making
-                excess = F.relu(torch.log(sigma / EMPTY)) if decoder_optimizer is None else 0.2 * torch.log1p(sigma)
+                excess = torch.log(sigma.clamp(min=EMPTY) / EMPTY) if decoder_optimizer is None else 0.2 * torch.log1p(sigma)
                 terms['empty'] = 8 * config.weight_empty * (excess * (grid.values[cell.unbind(1)] < 0)).mean()
         if memory is not None:
             terms['iwc'] = config.weight_iwc * consolidation(decoder, memory)

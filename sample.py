@@ -134,11 +134,12 @@ def main(args):
     pairs = [photo.align(path, config.portrait, args.crop, folder / f'align{i or ""}.png') if args.align or args.crop else
              rh.read_portrait(path, config.portrait) for i, path in enumerate(paths)]
     images = torch.stack([rh.portrait_on_white(*pair) for pair in pairs]).to(device) if pairs else None
+    alpha = torch.stack([alpha for _, alpha in pairs]) if pairs else None
     how = dict(guidance=args.guidance, steps=args.steps, eta=args.eta, seed=args.seed)
     began, share = time.monotonic(), torch.linspace(0, 1, count)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if args.bf16 is None else args.bf16):
         if pairs and args.refine:
-            portraits = refine.straighten(models, images, **how)
+            portraits = refine.straighten(models, images, alpha, **how)
             images = portraits.images
         if args.interpolate:
             planes, low = interpolate(models, images, share, **how, progress=True)
@@ -177,8 +178,8 @@ def parse(argv=None):
     p.add_argument('--count', type=int, help='how many avatars (of each portrait), 1, with --interpolate 8; avatar i draws its noise from '
                                              'seed + i')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--guidance', type=float, help='classifier-free guidance of the base model; 1 is none (default: the preset\'s)')
-    p.add_argument('--steps', type=int, help='sampling steps of each model (default: the preset\'s)')
+    p.add_argument('--guidance', type=float, help='classifier-free guidance of the base model; 1 is none (default: the model\'s own)')
+    p.add_argument('--steps', type=int, help='sampling steps of each model (default: its own)')
     p.add_argument('--refine', type=int, default=40, metavar='STEPS', help='of fitting the avatar to the portrait (see refine.py); 0: none')
     p.add_argument('--eta', type=float, default=1.0, help='1 is ancestral sampling, 0 deterministic DDIM')
     p.add_argument('--bf16', action=argparse.BooleanOptionalAction, help='autocast to bfloat16 (default: on a GPU)')

@@ -25,7 +25,7 @@ def ball():
 
 
 @pytest.mark.parametrize('ground', ['flat', 'pattern'])
-@pytest.mark.parametrize('scale, x, y', [(1.0, 0.0, 0.0), (0.92, 0.03, -0.04), (1.08, -0.05, 0.01)])
+@pytest.mark.parametrize('scale, x, y', [(1.0, 0.0, 0.0), (1.0, 0.05, -0.02), (0.92, 0.03, -0.04), (1.08, -0.05, 0.01)])
 def test_register_finds_what_place_did(ball, ground, scale, x, y):
     view, opacity = ball
     rgb = (view - (1 - opacity)) / opacity.clamp(min=1e-6)              # as portraits are stored: not premultiplied
@@ -37,7 +37,8 @@ def test_register_finds_what_place_did(ball, ground, scale, x, y):
     assert (found is None) == (ground == 'pattern')
     if ground == 'flat':
         assert (found - colour).abs().max() < 0.01
-    s, dx, dy = (float(v) for v in refine.register(view, opacity, image, found))
+    where = refine.register(view, opacity, image, found)
+    s, dx, dy = (1.0, 0.0, 0.0) if where is None else map(float, where)
     assert abs(s - scale) < 0.015 and abs(dx - x) < 0.008 and abs(dy - y) < 0.008
     moved = refine.move(image[None], *(torch.tensor([v]) for v in (s, dx, dy)))[0]
     assert ((moved - view) * opacity).square().mean() < 1e-3
@@ -51,6 +52,27 @@ def test_a_flat_ground_turns_white(ball):
     assert ((opacity[0] > 0.99) <= person).all() and not person[opacity[0] == 0].any()             # nothing lost, nothing added
     white, alpha = refine.onto_white(image, person, colour)
     assert rh.psnr(white, view) > 30 > rh.psnr(image, view) and (alpha - opacity).abs().mean() < 0.01
+
+
+def test_a_bust_goes_on_below():
+    """A white shirt on white, in an outline that is open below, is the person's; a gap that is open to the side is not."""
+    image = torch.ones(3, 32, 32)
+    image[:, 8:, 8], image[:, 8:, 24], image[:, 8, 8:25] = 0, 0, 0
+    person = refine.person_before(image, torch.ones(3))
+    assert person[8:, 8:25].all() and person.sum() == 24 * 17
+
+
+def test_a_photographs_ground_is_separated(ball):
+    cv2 = pytest.importorskip('cv2')
+    view, opacity = ball
+    cv2.setNumThreads(1)
+    ground = F.interpolate(torch.rand(1, 3, 6, 6) * 0.3, size=96, mode='bicubic')[0].clamp(0, 1)
+    image = view - (1 - opacity) + (1 - opacity) * ground
+    shifted = opacity[0].roll(4, 1)                                     # the first sample is not quite where the person is
+    person, truth = refine.person_near(image, shifted), opacity[0] > 0.5
+    def overlap(a):
+        return (a & truth).sum() / (a | truth).sum()
+    assert overlap(person) > 0.95 > overlap(shifted > 0.5)
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +90,7 @@ def test_a_clean_portrait_is_left_as_it_is(models, data):
     other = image * 0.5 + 0.5 * torch.rand(3, 64, 64)        # no flat ground
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refine, 'person_near', lambda *_: None)           # as without OpenCV
-        patch.setattr(refine, 'register', lambda *_: torch.tensor([[1.0], [0.0], [0.0]]))          # untrained models sample no avatar
+        patch.setattr(refine, 'register', lambda *_: None)       # untrained models sample no avatar
         seen = refine.straighten(models, torch.stack([image, other]))
     assert (seen.images[0] - image).abs().max() < 1e-5 and (seen.known[0] == 1).all()
     assert seen.images.shape == (2, 3, 64, 64) and seen.images.abs().max() <= 1
@@ -76,20 +98,40 @@ def test_a_clean_portrait_is_left_as_it_is(models, data):
     assert known.min() < known.max() and torch.allclose(seen.images[1], known * other + 1 - known, atol=1e-5)
 
 
-def test_refine_makes_the_front_view_the_portrait():
-    """The mean avatar of the weights that ship, and one that is two standard deviations away from it."""
+@pytest.fixture(scope='module')
+def shipped():
+    """The decoder of the weights that ship, two avatars of it (the mean, and one that is two standard deviations away), and view(planes):
+    their portrait (3, 64, 64) and opacity (1, 64, 64)."""
     models = rh.load_models('none', 'none')
+    assert all(m.config.sample_steps == rh.make_config('small').sample_steps for m in (models['base'], models['upsample']))
     decoder, prior, camera = models['decoder'], models['base'].prior, refine.front_camera(64, 'cpu')
-    planes, other = (rh.resize_planes(x, 128) for x in (prior.mean[0].detach(), (prior.mean[0] + 2 * prior.components[0]).detach()))
+    planes = [rh.resize_planes(x.detach(), 128) for x in (prior.mean[0], prior.mean[0] + 2 * prior.components[0])]
     def view(x):
         field = rh.PlaneField(x, decoder)
-        return rh.render_view(field, *camera, 64, 64, 256, rh.grid_for(field, decoder.config))[0].permute(2, 0, 1)
-    field = rh.PlaneField(other, decoder)
-    opacity = rh.render_view(field, *camera, 64, 64, 256, rh.grid_for(field, decoder.config))[1]
-    seen = refine.Seen(view(other)[None] * 2 - 1, opacity[None, None], torch.ones(1, 1, 64, 64))
+        rgb, opacity = rh.render_view(field, *camera, 64, 64, 256, rh.grid_for(field, decoder.config))
+        return rgb.permute(2, 0, 1), opacity[None]
+    return decoder, *planes, view
+
+
+@pytest.mark.parametrize('how', ['colour', 'alpha'])
+def test_a_portrait_that_is_shifted_is_moved_back(shipped, how):
+    decoder, planes, _, view = shipped
+    rgb, opacity = view(planes)
+    straight = (rgb - (1 - opacity)) / opacity.clamp(min=1e-3)
+    rgba = batches.place(straight[None] * 2 - 1, opacity[None], torch.ones(1), torch.tensor([[0.05, 0.0]]))[0]
+    image, alpha, known = refine.straighten_one(
+        planes, (rgba[:3] + 1 - rgba[3:]) * 2 - 1, rgba[3:] if how == 'alpha' else torch.ones(1, 64, 64), decoder)
+    assert known.mean() > 0.9 and (known * ((image + 1) / 2 - rgb)).square().mean() < 1e-3
+    assert (known * (alpha - opacity)).abs().mean() < (0.01 if how == 'alpha' else 0.03)
+
+
+def test_refine_makes_the_front_view_the_portrait(shipped):
+    decoder, planes, other, view = shipped
+    portrait, opacity = view(other)
+    seen = refine.Seen(portrait[None] * 2 - 1, opacity[None], torch.ones(1, 1, 64, 64))
     ours = refine.refine(planes[None], seen, decoder, 8)
     assert ours.shape == (1, 3, 16, 128, 128) and ours.abs().max() <= 1
-    assert rh.psnr(view(ours[0]), view(other)) > rh.psnr(view(planes), view(other)) + 3
+    assert rh.psnr(view(ours[0])[0], portrait) > rh.psnr(view(planes)[0], portrait) + 3
     assert torch.equal(ours, refine.refine(planes[None], seen, decoder, 8))
     unknown = seen._replace(known=torch.zeros(1, 1, 64, 64))
     assert torch.equal(refine.refine(planes[None], unknown, decoder, 20)[0], planes)
