@@ -2,7 +2,7 @@
 
     python evaluate.py                                       avatars of data/: fitted, and generated from their portraits
     python evaluate.py --data test --train data              generated for avatars that training never saw
-    python evaluate.py --guidance 1 1.3 2 3 --steps 10 50    one row for each pair
+    python evaluate.py --guidance 1 1.3 2 3 --steps 10 50 --refine 0    one row for each pair, of the model alone
     python evaluate.py --disturb photographs                 portraits shifted, scaled, on flat colours or pieces of photographs
     python evaluate.py --images rodin=folder                 another method's renders, folder/<avatar>/<name of the held-out view>.png
     python evaluate.py --inception download --clip clip.pt   FID, of Inception and of CLIP features, as well
@@ -11,10 +11,10 @@
     python evaluate.py --unconditional 64                    avatars of nobody: how far from one another and from the training set?
     torchrun --standalone --nproc_per_node=2 evaluate.py     any of these
 
-Rows: `fitted` (planes in --fits), `generated` (from the portrait, as sample.py does), `sampled` (the same before it was fitted to the
-portrait, as in the papers), and two baselines that any generator must beat: `nearest`, the training avatar with the nearest portrait, and
-`mean`, the mean of the training planes. `front` is the PSNR of the view that is the portrait, which `generated` has been fitted to; FD-VAE
-a Frechet distance of the project's own features, not FID. Writes results/<--name>.json and .png.
+Rows: `fitted` (planes in --fits), `generated` (from the portrait, as sample.py does), `sampled` (the model alone, from the portrait as it
+is), and two baselines that any generator must beat: `nearest`, the training avatar with the nearest portrait, and `mean`, the mean of the
+training planes. `front` is the PSNR of the view that is the portrait, which `generated` has been fitted to; FD-VAE a Frechet distance of
+the project's own features, not FID. Writes results/<--name>.json and .png.
 """
 import argparse
 import contextlib
@@ -232,7 +232,7 @@ def read_renders(renders, folder, truth):
 
 def candidates_for(folder, shown, args, models, fitted_decoder, baselines, device):
     """{row of the table: (planes, decoder), or a folder of renders} of one avatar; shown: {row: (portrait, alpha)}."""
-    config, candidates = models['upsample'].config, {name: Path(root) / folder.name for name, root in args.images}
+    config, candidates = models['base'].config, {name: Path(root) / folder.name for name, root in args.images}
     if (args.fits / f'{folder.name}.pt').exists():
         candidates['fitted'] = read_planes(args.fits / f'{folder.name}.pt', device), fitted_decoder
     settings = list(itertools.product(args.guidance or [config.guidance], args.steps or [config.sample_steps]))
@@ -250,6 +250,8 @@ def candidates_for(folder, shown, args, models, fitted_decoder, baselines, devic
 def evaluate(args, rank, world, device):
     models, fitted_decoder = load(args, device)
     config, vae = models['upsample'].config, copy.deepcopy(models['vae']).cpu()
+    if max(args.steps or [1]) > min(config.base_timesteps, config.up_timesteps):
+        rh.stop(f'--steps {max(args.steps)}: the models have {config.base_timesteps} and {config.up_timesteps} timesteps')
     metrics = {'PSNR': rh.psnr, 'SSIM': ssim, 'LPIPS': lpips_metric(), 'VAE': vae_distance(vae)}
     photographs = sorted(p for p in args.disturb.iterdir() if p.suffix.lower() in rh.IMAGE_SUFFIXES) if args.disturb else []
     baselines, folders = Baselines(args, device), some(rh.list_avatars(args.data), args.count)
@@ -287,7 +289,7 @@ def evaluate(args, rank, world, device):
         columns = list(dict.fromkeys(m for r in results.values() for scores in r.values() for m in scores))
         table = {n: {m: float(np.mean(values)) for m in columns if (values := [r[n][m] for r in results.values() if m in r.get(n, {})])}
                  for n in names}
-        for n, f in itertools.product(names, features_of):
+        for n, f in itertools.product(names if len(features['truth']) > 1 else (), features_of):
             table[n][f] = frechet_distance(*(torch.stack([view[f] for view in features[row]]) for row in (n, 'truth')))
         columns += features_of
         print(f'{"":28s}' + ''.join(f'{m:>9s}' for m in columns) + f'   mean of {len(results)} avatars')
@@ -388,6 +390,7 @@ def unconditional(args, rank, world, device):
     same of training avatars among themselves. The picture shows samples, each with its three nearest training avatars, refitted."""
     models, fitted_decoder = load(args, device)
     baselines, front, samples = Baselines(args, device), cameras([(0, 2)], models['vae'].config.portrait // 2), []
+    len(baselines.folders) > 1 or rh.stop(f'--unconditional: {args.fits} needs planes of two avatars of {args.train or args.data}')
     for i in tqdm(range(rank, args.unconditional, world), disable=rank > 0, desc='unconditional'):
         planes = rh.generate(models, 1, seed=args.seed + i)[0][0]
         samples.append((i, photograph(planes, models['decoder'], front, device)[0][0]))
@@ -410,9 +413,9 @@ def unconditional(args, rank, world, device):
 
 def main(args):
     rank, world, device = rh.start(args.device, args.seed)
-    counts = (args.views, args.count, args.consistency, args.unconditional, *(args.steps or ()))
-    if min(1 if c is None else c for c in counts) < 1 or max(args.steps or [1]) > 100 or args.refine < 0:
-        rh.stop('--views, --count, --consistency and --unconditional must be at least 1, --steps 1 to 100, --refine at least 0')
+    counts = (args.views, args.count, args.consistency, args.unconditional and args.unconditional - 1, *(args.steps or ()))
+    if min(1 if c is None else c for c in counts) < 1 or args.refine < 0:
+        rh.stop('--views, --count, --consistency and --steps must be at least 1, --unconditional at least 2, --refine at least 0')
     args.images = [item.partition('=')[::2] for item in args.images]
     if args.disturb and not args.disturb.is_dir():
         rh.stop(f'--disturb {args.disturb}: no such folder; give one with photographs, or an empty one for flat colours alone')

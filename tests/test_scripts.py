@@ -45,7 +45,8 @@ def walk(tmp_path_factory, data):
         run(sample, '--unconditional', '--count', 2, '--frames', 2, '--size', 32)
         run(sample, '--portrait', 'data/avatar_0000/train/r_000.png', 'data/avatar_0001/train/r_000.png', '--count', 2, '--frames', 2,
             '--size', 32, '--bf16', '--name', 'me', '--refine', 3)
-        run(evaluate, '--count', 1, '--views', 2, '--disturb', 'data', '--guidance', 1, 2, '--refine', 3)
+        run(evaluate, '--views', 2, '--disturb', 'data', '--guidance', 1, 2, '--refine', 3)
+        run(evaluate, '--count', 1, '--views', 1, '--refine', 0, '--name', 'one')
         run(evaluate, '--consistency', 1, '--refine', 3)
         run(evaluate, '--unconditional', 2)
         run(figures, 'forgetting')
@@ -72,9 +73,10 @@ def test_the_whole_walk(walk):
     generated = {f'{row}, s={s}, 10 steps' for row in ('generated', 'disturbed') for s in (1, 2)}
     assert table.keys() == {'fitted', *generated, 'nearest', 'mean'}
     assert {'PSNR', 'SSIM', 'VAE', 'front', 'FD-VAE'} <= table['fitted'].keys()
+    assert 'FD-VAE' not in json.loads((walk / 'results/one.json').read_text())['mean']['fitted']   # of one view there is none
     assert table['fitted']['front'] > table['mean']['front'] and table['fitted']['FD-VAE'] < table['mean']['FD-VAE']
     assert {p.name for p in (walk / 'results').iterdir()} == {
-        f'{name}{suffix}' for name in ('evaluate', 'consistency', 'unconditional') for suffix in ('.json', '.png')}
+        f'{name}{suffix}' for name in ('evaluate', 'one', 'consistency', 'unconditional') for suffix in ('.json', '.png')}
     assert json.loads((walk / 'results/consistency.json').read_text())['avatars'].keys() == {'avatar_0000'}
     assert (walk / 'assets/forgetting.png').exists()
     assert json.loads((walk / 'results/unconditional.json').read_text())['samples'] == 2
@@ -224,6 +226,8 @@ def command(*args, cwd):
     (['train.py', '--stage', 'base', '--preset', 'small'], 'do not fit preset small'),
     (['sample.py', '--portrait', 'missing.png'], 'no such image'),
     (['avatars.py', '--count', '0'], 'count'),
+    (['evaluate.py', '--unconditional', '1'], '--unconditional at least 2'),
+    (['evaluate.py', '--steps', '5000'], 'timesteps'),
 ])
 def test_what_is_out_of_order_ends_in_one_line(walk, args, message):
     result = command(ROOT / args[0], *args[1:], cwd=walk)
