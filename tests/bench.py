@@ -224,9 +224,9 @@ def bench_sampling(bench, models, decoder):
     config, device, psnr = models['base'].config, bench.device, ''
     rgb, alpha = rh.read_portrait(ROOT / 'examples/portrait.png', config.portrait)
     image = rh.portrait_on_white(rgb, alpha)[None].to(device)
-    def sample(count=1, bf16=False, **options):
+    def sample(count=1, bf16=False, steps=10, **options):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return rh.generate(models, image.expand(count, -1, -1, -1), **options)[0]
+            return rh.generate(models, image.expand(count, -1, -1, -1), steps=steps, **options)[0]
     bench.row('portrait to planes, 10 + 10 steps', 'avatars', 1, sample, lambda: sample(steps=100), '100 + 100 steps')
     bench.row('the same, guidance 1', 'avatars', 1, lambda: sample(guidance=1.0), lambda: sample(guidance=1.3), 'guidance 1.3')
     bench.row('the same, 4 in one go', 'avatars', 4, lambda: sample(4), lambda: [sample() for _ in range(4)], 'one by one')
