@@ -79,9 +79,9 @@ def draw(field, grid, azimuth, args, config):
     return (view * 255).round().byte().cpu().numpy()
 
 
-def draw_each(folder, fields, seen, decoder, args, config):
+def draw_each(folder, fields, portraits, decoder, args, config):
     """Every avatar turns: grid.png, turntables (tiled), viewers."""
-    turns, each = [], len(fields) // max(len(seen), 1)                  # avatars of a portrait
+    turns, each = [], len(fields) // max(len(portraits), 1)             # avatars of a portrait
     bar = tqdm(total=len(fields) * args.frames, desc='rendering')
     for k, (field, grid) in enumerate(fields):
         turn = []
@@ -90,11 +90,11 @@ def draw_each(folder, fields, seen, decoder, args, config):
             bar.update()
         turns.append(turn)
         few = [Image.fromarray(turn[i * len(turn) // 12]) for i in range(12)] if len(turn) > 12 else map(Image.fromarray, turn)
-        export.write_viewer(folder / f'viewer{k or ""}.html', field.planes, decoder, grid, few, seen[k // each] if seen else None)
+        export.write_viewer(folder / f'viewer{k or ""}.html', field.planes, decoder, grid, few, portraits[k // each] if portraits else None)
     bar.close()
     rows = [np.concatenate([turn[round(side / 360 * args.frames) % args.frames] for side in SIDES], axis=1) for turn in turns]
-    if seen:
-        small = [np.asarray(portrait.resize((args.size, args.size), Image.LANCZOS)) for portrait in seen]
+    if portraits:
+        small = [np.asarray(portrait.resize((args.size, args.size), Image.LANCZOS)) for portrait in portraits]
         rows = [np.concatenate([small[k // each], row], axis=1) for k, row in enumerate(rows)]
     export.save_image(folder / 'grid.png', Image.fromarray(np.concatenate(rows)))
     columns = -(-len(turns) // max(1, int(len(turns) ** 0.5)))
@@ -139,28 +139,29 @@ def main(args):
     began, share = time.monotonic(), torch.linspace(0, 1, count)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' if args.bf16 is None else args.bf16):
         if pairs and args.refine:
-            portraits = refine.straighten(models, images, alpha, **how)
-            images = portraits.images
+            seen = refine.straighten(models, images, alpha, **how, progress=True)
+            images = seen.images
         if args.interpolate:
             planes, low = interpolate(models, images, share, **how, progress=True)
         else:
             planes, low = rh.generate(models, images.repeat_interleave(count, dim=0) if pairs else count, **how, progress=True)
     if pairs and args.refine:
-        planes = fit(planes, portraits, share if args.interpolate else None, models['decoder'], args.refine)
+        planes = fit(planes, seen, share if args.interpolate else None, models['decoder'], args.refine)
+        low = rh.resize_planes(planes, low.shape[-1])
     print(f'{len(planes)} avatar(s) sampled in {time.monotonic() - began:.1f} s')
 
-    seen = [Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()) for image in (images if pairs else ())]
-    for i, portrait in enumerate(seen):
+    portraits = [Image.fromarray(x) for x in ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()] if pairs else []
+    for i, portrait in enumerate(portraits):
         export.save_image(folder / f'portrait{i or ""}.png', portrait)
     rh.write_checkpoint(folder / 'planes.pt', 'avatars', {
-        'planes': planes.cpu().half(), 'low': low.cpu().half(), 'seed': args.seed, 'config': vars(config)})
+        'planes': planes.cpu().half(), 'low': low.cpu().half(), 'seed': args.seed, 'refine': args.refine, 'config': vars(config)})
     fields = [(field := rh.PlaneField(p, models['decoder']), rh.grid_for(field, config, device, threshold=10 * config.steps / 1024))
               for p in planes]                                          # the paper's threshold: haze is not drawn
     for k, (field, grid) in enumerate(fields if args.mesh else ()):
         mesh = export.mesh_of(field, grid, triangles=args.triangles)
         export.write_mesh(folder / f'{args.mesh.stem}{k or ""}{args.mesh.suffix}', mesh)
     written = (draw_passage(folder, fields, args, config) if args.interpolate else
-               draw_each(folder, fields, seen, models['decoder'], args, config))
+               draw_each(folder, fields, portraits, models['decoder'], args, config))
     print(f'written to {folder}: {", ".join(written)}, planes.pt')
 
 
