@@ -404,11 +404,11 @@ def unconditional(args, rank, world, device):
             'samples': len(images), 'sample_to_sample': dB([min(float(F.mse_loss(a, b)) for b in small if b is not a) for a in small]),
             'sample_to_training': dB([n[0][0] for n in near]),
             'training_to_training': dB([baselines.neighbours(t, f.name)[0][0] for t, f in zip(baselines.thumbnails, baselines.folders)])}
-        for image, neighbours in zip(images, near):
+        pairs = sorted(zip(images, near), key=lambda pair: pair[1][0][0])
+        for image, neighbours in pairs[:4] + pairs[max(len(pairs) - 4, 4):]:            # what the sheet keeps
             others = [photograph(baselines.planes[i](), fitted_decoder, front, device)[0][0] for _, i in neighbours]
             sheet.add(neighbours[0][0], '', [image, *others])
-        for k, v in result.items():
-            print(f'{k:28s}{v:9.2f}')
+        print('\n'.join(f'{k:28s}{v:9.2f}' for k, v in result.items()))
         write(args, 'unconditional', result, sheet)
 
 def main(args):
