@@ -361,8 +361,8 @@ def consistency(args, rank, world, device):
         def shots(views, planes=planes):    # (V, 3, H, W) on white, and as Views with alpha; then the same sharpened
             rgb, alpha = photograph(planes, decoder, views, device)
             pixels = [Image.fromarray(x.permute(1, 2, 0).mul(255).round().byte().numpy()) for x in rgb]
-            for images in pixels, [x.filter(ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)) for x in pixels]:
-                rgb = torch.from_numpy(np.stack([np.asarray(x) for x in images])).permute(0, 3, 1, 2) / 255
+            for shown in pixels, [x.filter(ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)) for x in pixels]:
+                rgb = torch.from_numpy(np.stack([np.asarray(x) for x in shown])).permute(0, 3, 1, 2) / 255
                 straight = torch.where(alpha > 0, (rgb - 1 + alpha) / alpha.clamp(min=1e-3), 0.0)
                 images = (torch.cat([straight, alpha], dim=1).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
                 yield rgb, views._replace(images=images)
