@@ -1,7 +1,7 @@
 """After the model: the avatar is fitted to its portrait. The papers do not do this; it is for models that are small, or know few people.
 
 What the models got wrong, the portrait still shows. `straighten` looks for the person of a first sample in the portrait, which may be
-shifted, scaled, or on any ground, and moves it to where training portraits have it, onto white; sampling starts from that. `refine`
+shifted, scaled, or on any ground, puts it on white, and moves it to where training portraits have it; sampling starts from that. `refine`
 descends on the planes until their front view is that image, coarse corrections first: what a portrait shows of clothes, skin, hair and
 outline then holds from all sides.
 """
@@ -19,7 +19,7 @@ import rodinhd as rh
 
 LEVELS = (16, 8, 4, 2, 1)               # corrections are planes of R/16, R/8 ... R texels a side, added up
 SCALES, SHIFTS = (0.88, 1.12), (-0.06, 0.06)            # where `register` looks; shifts in image widths
-CONTRAST = 0.3                          # how much contrast at the avatar's edge counts there
+CONTRAST, COLOURS = 0.3, 2.0            # how much contrast at the avatar's edge counts there on any ground, and colours beside outlines
 
 
 class Seen(NamedTuple):
@@ -48,15 +48,18 @@ def move(images, scale, x, y, padding='border'):
     theta = torch.stack([torch.stack([1 / scale, 0 * x, -2 * x / scale], dim=1), torch.stack([0 * y, 1 / scale, -2 * y / scale], dim=1)], 1)
     return F.grid_sample(images, F.affine_grid(theta, images.shape, align_corners=False), padding_mode=padding, align_corners=False)
 
-def register(view, opacity, image, ground, size=64):
-    """Scale, x and y, (1,) each, that `move` needs to bring an image (3, P, P) to a view (3, P, P) of opacity (1, P, P), on the ground (3,)
-    or, for None, on any. Search on images of size / 2 pixels a side, then of `size` and of twice that; None where the image as it is does
-    about as well, or on white, as prepared portraits are, half as well."""
+def register(view, opacity, image, alpha=None, size=64, least_gain=1.2):
+    """Scale, x and y, (1,) each, that `move` needs to bring an image (3, P, P) to a view (3, P, P) of opacity (1, P, P): on white with its
+    alpha (1, P, P), or for None on any ground. Search on images of size / 2 pixels a side, then of `size` and of twice that; None where
+    the image as it is costs less than `least_gain` times as much as the best."""
     def cost(where, size):              # of each of N places
         v, a, moved = (F.interpolate(x[None], size=size, mode='area') for x in (view - (1 - opacity), opacity, image))
-        near, moved = F.avg_pool2d(a, 5, stride=1, padding=2), move(moved.expand(len(where[0]), -1, -1, -1), *where)
-        if ground is not None:          # mean squared difference of all pixels
-            return (v + (1 - a) * ground.view(1, 3, 1, 1) - moved).square().mean((1, 2, 3))
+        moved = move(moved.expand(len(where[0]), -1, -1, -1), *where)
+        if alpha is not None:           # outlines, and colours where both are
+            own = move(F.interpolate(alpha[None], size=size, mode='area').expand(len(moved), -1, -1, -1), *where)
+            colours = (a * own * (v + 1 - a - moved).square()).mean(1).sum((1, 2)) / (a * own).sum((1, 2, 3)).clamp(min=1)
+            return (own - a).abs().mean((1, 2, 3)) + COLOURS * colours
+        near = F.avg_pool2d(a, 5, stride=1, padding=2)
         beyond, ring = F.avg_pool2d(v, 5, stride=1, padding=2) / near.clamp(min=1e-6), (near > 0) & (a < 0.1)
         inside = (v - a * moved).square().mean(1).sum((1, 2)) / a.sum().clamp(min=1)               # of the avatar's, and contrast at its
         contrast = (beyond - moved).square().mean(1).clamp(max=0.05) * ring[:, 0]                  # edge, lest it shrink
@@ -71,7 +74,7 @@ def register(view, opacity, image, ground, size=64):
     for n, h, m in ((1, 0.03, 9), (2, 0.005, 7)):            # finer, around the best
         (scale, x, y), least = best(n * size, scale + axis(-h, h, m), x + axis(-h, h, m) / 2, y + axis(-h, h, m) / 2)
     still = torch.tensor([[1.0], [0.0], [0.0]], device=image.device)
-    return None if cost(still, 2 * size) < (2 if is_white(ground) else 1.2) * least else torch.stack([scale, x, y])[:, None]
+    return None if cost(still, 2 * size) < least_gain * least else torch.stack([scale, x, y])[:, None]
 
 def person_before(image, ground):
     """Pixels (P, P) of an image (3, P, P) in 0..1 save those of the ground's colour (3,) that are joined to the border."""
@@ -79,17 +82,22 @@ def person_before(image, ground):
     person = F.pad(F.pad(person, (1, 1, 1, 0)), (0, 0, 0, 1), value=True).cpu().numpy()         # a bust goes on below
     return torch.from_numpy(ndimage.binary_fill_holes(person)[1:-1, 1:-1]).to(image.device)
 
-def person_near(image, opacity):
-    """Pixels (P, P) of the person in an image (3, P, P) in 0..1 on any ground: GrabCut, started from an avatar's opacity (P, P). None
-    without OpenCV."""
+def without_specks(person):
+    """Pixels (P, P) of a person but for pieces of less than a fiftieth of the image: they are of the ground."""
+    labels = ndimage.label(person.cpu().numpy())[0]
+    return person & torch.from_numpy((np.bincount(labels.ravel()) >= labels.size / 50)[labels]).to(person.device)
+
+def person_near(image, opacity, reach=21):
+    """Pixels (P, P) of the person in an image (3, P, P) in 0..1 on any ground: GrabCut, started from an avatar's opacity (P, P), from whose
+    outline the person's is not further than reach / 512 of the width. None without OpenCV."""
     if not importlib.util.find_spec('cv2'):
         return None
     import cv2
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (21 * len(opacity) // 256 | 1,) * 2)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach * len(opacity) // 256 | 1,) * 2)
     certain, possible = ((opacity > x).byte().cpu().numpy() for x in (0.9, 0.1))
     mask = np.where(opacity.cpu().numpy() > 0.5, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     mask[cv2.erode(certain, disc) > 0] = cv2.GC_FGD
-    mask[cv2.dilate(possible, disc, iterations=2) == 0] = cv2.GC_BGD
+    mask[cv2.dilate(possible, disc) == 0] = cv2.GC_BGD
     if not (mask & 1).any() or (mask & 1).all():    # GC_FGD and GC_PR_FGD are odd; it needs some of both
         return opacity > 0.5
     cv2.setRNGSeed(0)
@@ -121,17 +129,24 @@ def straighten_one(planes, image, alpha, decoder):
     field, image, P = rh.PlaneField(planes.float(), decoder), (image + 1) / 2, image.shape[-1]
     grid = rh.grid_for(field, decoder.config, planes.device)
     view, opacity = rh.render_view(field, *front_camera(P, planes.device), P, P, decoder.config.steps, grid)
-    ground, known, separate = flat_ground(image), torch.ones_like(alpha), alpha.min() < 0.5            # with alpha it is separate already
-    if (where := register(view.permute(2, 0, 1), opacity[None], image, ground)) is not None:
+    view, opacity, ground, known = view.permute(2, 0, 1), opacity[None], flat_ground(image), torch.ones_like(alpha)
+    believed, has_alpha = known, alpha.min() < 0.5
+    if has_alpha or ground is not None:
+        if not has_alpha:
+            image, alpha = onto_white(image, without_specks(person_before(image, ground)), ground)
+        where = register(view, opacity, image, alpha, least_gain=1.7 if has_alpha or is_white(ground) else 1.2)
+    else:
+        where, photograph = register(view, opacity, image), image
+        for reach in (21, 11):          # once more when it is known better where the person is
+            there = opacity if where is None else move(opacity[None], 1 / where[0], *(-where[1:] / where[0]), padding='zeros')[0]
+            if (person := person_near(photograph, there[0], reach)) is None:
+                image, alpha, believed = torch.lerp(torch.ones_like(image), image, there), there, there
+                break
+            image, alpha = onto_white(photograph, without_specks(person))
+            where = register(view, opacity, image, alpha)
+    if where is not None:
         image = move(image[None], *where)[0]
-        alpha, known = (move(x[None], *where, padding='zeros')[0] for x in (alpha, known))
-    believed = torch.ones_like(known)
-    if not separate:
-        person = person_before(image, ground) if ground is not None else person_near(image, opacity)
-        if person is None:
-            image, believed = torch.lerp(torch.ones_like(image), image, opacity), opacity[None]
-        else:
-            image, alpha = onto_white(image, person, ground)
+        alpha, believed, known = (move(x[None], *where, padding='zeros')[0] for x in (alpha, believed, known))
     return torch.lerp(torch.ones_like(image), image, known) * 2 - 1, alpha, believed * (known > 0.99)
 
 def straighten(models, images, alpha=None, **how):
