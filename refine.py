@@ -51,7 +51,9 @@ def move(images, scale, x, y, padding='border'):
 def register(view, opacity, image, alpha=None, size=64, least_gain=1.2):
     """Scale, x and y, (1,) each, that `move` needs to bring an image (3, P, P) to a view (3, P, P) of opacity (1, P, P): on white with its
     alpha (1, P, P), or for None on any ground. Search on images of size / 2 pixels a side, then of `size` and of twice that; None where
-    the image as it is costs less than `least_gain` times as much as the best."""
+    the image as it is costs less than `least_gain` times as much as the best, or there is no avatar to be seen."""
+    if opacity.max() < 0.5:
+        return None
     def cost(where, size):              # of each of N places
         v, a, moved = (F.interpolate(x[None], size=size, mode='area') for x in (view - (1 - opacity), opacity, image))
         moved = move(moved.expand(len(where[0]), -1, -1, -1), *where)
@@ -84,17 +86,18 @@ def person_before(image, ground):
 
 def without_specks(person):
     """Pixels (P, P) of a person but for pieces of less than a fiftieth of the image: they are of the ground."""
-    labels = ndimage.label(person.cpu().numpy())[0]
+    labels = ndimage.label(person.cpu().numpy(), np.ones((3, 3)))[0]
     return person & torch.from_numpy((np.bincount(labels.ravel()) >= labels.size / 50)[labels]).to(person.device)
 
-def person_near(image, opacity, reach=21):
+def person_near(image, opacity, usual, reach=21):
     """Pixels (P, P) of the person in an image (3, P, P) in 0..1 on any ground: GrabCut, started from an avatar's opacity (P, P), from whose
-    outline the person's is not further than reach / 512 of the width. None without OpenCV."""
+    outline the person's is not further than reach / 512 of the width. Certain is only what is also opaque in `usual` (P, P): a ground may
+    look like hair. None without OpenCV."""
     if not importlib.util.find_spec('cv2'):
         return None
     import cv2
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach * len(opacity) // 256 | 1,) * 2)
-    certain, possible = ((opacity > x).byte().cpu().numpy() for x in (0.9, 0.1))
+    certain, possible = (x.byte().cpu().numpy() for x in ((opacity > 0.9) & (usual > 0.9), opacity > 0.1))
     mask = np.where(opacity.cpu().numpy() > 0.5, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     mask[cv2.erode(certain, disc) > 0] = cv2.GC_FGD
     mask[cv2.dilate(possible, disc) == 0] = cv2.GC_BGD
@@ -103,13 +106,14 @@ def person_near(image, opacity, reach=21):
     cv2.setRNGSeed(0)
     pixels = (image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
     cv2.grabCut(pixels, mask, None, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_MASK)
-    return torch.from_numpy((mask & 1) > 0).to(image.device)
+    return torch.from_numpy((mask & 1) > 0).to(image.device) if (mask & 1).any() else opacity > 0.5
 
 def onto_white(image, person, ground=None):
     """An image (3, P, P) in 0..1 -> the same on white but for the pixels `person` (P, P), and its alpha (1, P, P). Pixels at the rim take
     the colour of those further in, and as alpha the share of it that explains them best before the ground (3,), or before an unknown one
-    the share of person around them."""
+    the share of person around them. On white the person's pixels stay as they are."""
     person = person.float()[None, None]
+    near = F.max_pool2d(person, 3, 1, 1)[0]
     inner = -F.max_pool2d(-F.pad(person, (2, 2, 2, 2), mode='replicate'), 5, 1)
     own, weight = (F.avg_pool2d(x, 9, 1, 4) for x in (image * inner, inner))
     own = torch.where((weight > 0) & (inner == 0), own / weight.clamp(min=1e-6), image)[0]
@@ -118,19 +122,24 @@ def onto_white(image, person, ground=None):
     else:
         colour = ground.view(3, 1, 1)
         share = ((image - colour) * (own - colour)).sum(0) / (own - colour).square().sum(0).clamp(min=1e-3)
-        share = share.clamp(0, 1) * F.max_pool2d(person, 3, 1, 1)[0]
+        share = share.clamp(0, 1) * near
     alpha = torch.where(inner[0] > 0, 1.0, share)
-    return image if is_white(ground) else (alpha * own + 1 - alpha).clamp(0, 1), alpha
+    return torch.where(near > 0, image, 1.0) if is_white(ground) else (alpha * own + 1 - alpha).clamp(0, 1), alpha
 
 @torch.autocast('cpu', enabled=False)
 @torch.autocast('cuda', enabled=False)
-def straighten_one(planes, image, alpha, decoder):
-    """`straighten` of one portrait (3, P, P) in [-1, 1] of alpha (1, P, P), with the planes (3, C, R, R) of the avatar first sampled."""
-    field, image, P = rh.PlaneField(planes.float(), decoder), (image + 1) / 2, image.shape[-1]
+def front_view(planes, decoder, P):
+    """An avatar's planes (3, C, R, R) as a portrait shows it: (3, P, P) in 0..1 on white, and opacity (1, P, P)."""
+    field = rh.PlaneField(planes.float(), decoder)
     grid = rh.grid_for(field, decoder.config, planes.device)
-    view, opacity = rh.render_view(field, *front_camera(P, planes.device), P, P, decoder.config.steps, grid)
-    view, opacity, ground, known = view.permute(2, 0, 1), opacity[None], flat_ground(image), torch.ones_like(alpha)
-    believed, has_alpha = known, alpha.min() < 0.5
+    rgb, opacity = rh.render_view(field, *front_camera(P, planes.device), P, P, decoder.config.steps, grid)
+    return rgb.permute(2, 0, 1), opacity[None]
+
+def straighten_one(view, opacity, usual, image, alpha):
+    """`straighten` of one portrait (3, P, P) in [-1, 1] of alpha (1, P, P), by the `front_view` of a sample; usual (1, P, P): the opacity
+    of a usual avatar."""
+    image, known = (image + 1) / 2, torch.ones_like(alpha)              # beyond the portrait's edge nothing is known
+    ground, believed, has_alpha = flat_ground(image), known, alpha.min() < 0.5
     if has_alpha or ground is not None:
         if not has_alpha:
             image, alpha = onto_white(image, without_specks(person_before(image, ground)), ground)
@@ -138,12 +147,17 @@ def straighten_one(planes, image, alpha, decoder):
     else:
         where, photograph = register(view, opacity, image), image
         for reach in (21, 11):          # once more when it is known better where the person is
-            there = opacity if where is None else move(opacity[None], 1 / where[0], *(-where[1:] / where[0]), padding='zeros')[0]
-            if (person := person_near(photograph, there[0], reach)) is None:
-                image, alpha, believed = torch.lerp(torch.ones_like(image), image, there), there, there
+            there = torch.cat([opacity, usual])
+            if where is not None:
+                there = move(there[None], 1 / where[0], *(-where[1:] / where[0]), padding='zeros')[0]
+            if (person := person_near(photograph, *there, reach)) is None:
+                alpha = believed = there[:1]
+                image = torch.lerp(torch.ones_like(image), image, alpha)
                 break
             image, alpha = onto_white(photograph, without_specks(person))
             where = register(view, opacity, image, alpha)
+    if alpha.max() < 0.5:               # nobody is there
+        believed = torch.zeros_like(alpha)
     if where is not None:
         image = move(image[None], *where)[0]
         alpha, believed, known = (move(x[None], *where, padding='zeros')[0] for x in (alpha, believed, known))
@@ -151,11 +165,22 @@ def straighten_one(planes, image, alpha, decoder):
 
 def straighten(models, images, alpha=None, **how):
     """Portraits (B, 3, P, P) in [-1, 1], on white where they have alpha (B, 1, P, P) below 1 -> Seen, found with the avatars of a first
-    sample (how: see rh.generate)."""
-    planes = rh.generate(models, images, **how)[0]
-    images, alpha = images.to(planes.device), torch.ones(len(images), 1, *images.shape[2:]) if alpha is None else alpha
-    parts = [straighten_one(*one, models['decoder']) for one in zip(planes, images, alpha.to(planes.device))]
-    return Seen(*(torch.stack(x) for x in zip(*parts)))
+    sample, then with those of a second one, of what was found (how: see rh.generate)."""
+    decoder, prior, P = models['decoder'], models['base'].prior, images.shape[-1]
+    device = next(decoder.parameters()).device
+    images, alpha = images.to(device), (torch.ones(len(images), 1, P, P) if alpha is None else alpha).to(device)
+    usual = torch.ones(1, P, P, device=device)          # `paper` knows no mean avatar
+    if prior:
+        usual = front_view(rh.resize_planes(prior.mean[0], decoder.config.resolution), decoder, P)[1]
+    shown = images
+    for _ in range(2):
+        planes = rh.generate(models, shown, **how)[0]
+        parts = [straighten_one(*front_view(x, decoder, P), usual, *one) for x, *one in zip(planes, images, alpha)]
+        seen = Seen(*(torch.stack(x) for x in zip(*parts)))
+        if (seen.images - images).abs().max() < 1e-4:   # all are as they were
+            break
+        shown = seen.images
+    return seen
 
 def refine_one(planes, image, alpha, known, decoder, steps, rays=2048, lr=1e-2, weight_empty=0.1, seed=0, report=lambda loss: None):
     """`refine` of one avatar: planes (3, C, R, R), image (3, P, P) in [-1, 1], alpha and known (1, P, P)."""

@@ -60,6 +60,8 @@ def test_specks_are_of_the_ground():
     person[20:, 16:48], person[5:17, 24:40] = True, True                # a head may be apart from the bust, by a white collar
     stars[::9, 2], stars[40:46, 55:61] = True, True
     assert torch.equal(refine.without_specks(person | stars), person)
+    image = torch.where(person | stars, 0.2, 1.0).expand(3, 64, 64)
+    assert torch.equal(refine.onto_white(image, person, torch.ones(3))[0], torch.where(person, 0.2, 1.0).expand(3, 64, 64))
 
 
 def test_a_flat_ground_turns_white(ball):
@@ -87,7 +89,7 @@ def test_a_photographs_ground_is_separated(ball):
     ground = F.interpolate(torch.rand(1, 3, 6, 6) * 0.3, size=96, mode='bicubic')[0].clamp(0, 1)
     image = view - (1 - opacity) + (1 - opacity) * ground
     shifted = opacity[0].roll(4, 1)                                     # the first sample is not quite where the person is
-    person, truth = refine.person_near(image, shifted), opacity[0] > 0.5
+    person, truth = refine.person_near(image, shifted, shifted), opacity[0] > 0.5
     def overlap(a):
         return (a & truth).sum() / (a | truth).sum()
     assert overlap(person) > 0.95 > overlap(shifted > 0.5)
@@ -131,16 +133,28 @@ def shipped():
     return decoder, *planes, view
 
 
-@pytest.mark.parametrize('how', ['colour', 'alpha'])
+@pytest.mark.parametrize('how', ['white', 'alpha', 'photograph'])
 def test_a_portrait_that_is_shifted_is_moved_back(shipped, how):
     decoder, planes, _, view = shipped
     rgb, opacity = view(planes)
     straight = (rgb - (1 - opacity)) / opacity.clamp(min=1e-3)
     rgba = batches.place(straight[None] * 2 - 1, opacity[None], torch.ones(1), torch.tensor([[0.05, 0.0]]))[0]
+    behind = torch.ones(3, 64, 64)
+    if how == 'photograph':
+        pytest.importorskip('cv2').setNumThreads(1)
+        behind = F.interpolate(torch.rand(1, 3, 6, 6), size=64, mode='bicubic')[0].clamp(0, 1) * torch.tensor([0.2, 0.3, 1.0]).view(3, 1, 1)
     image, alpha, known = refine.straighten_one(
-        planes, (rgba[:3] + 1 - rgba[3:]) * 2 - 1, rgba[3:] if how == 'alpha' else torch.ones(1, 64, 64), decoder)
-    assert known.mean() > 0.9 and (known * ((image + 1) / 2 - rgb)).square().mean() < 1e-3
+        *refine.front_view(planes, decoder, 64), opacity, (rgba[:3] + (1 - rgba[3:]) * behind) * 2 - 1,
+        rgba[3:] if how == 'alpha' else torch.ones(1, 64, 64))
+    assert known.mean() > 0.9 and (known * ((image + 1) / 2 - rgb)).square().mean() < (8e-3 if how == 'photograph' else 1e-3)
     assert (known * (alpha - opacity)).abs().mean() < (0.01 if how == 'alpha' else 0.03)
+
+
+def test_where_nobody_is_nothing_is_known(ball):
+    view, opacity = ball
+    image, alpha, known = refine.straighten_one(view, opacity, opacity, torch.full_like(view, 0.3), torch.ones_like(opacity))
+    assert (image == 1).all() and known.max() == alpha.max() == 0
+    assert refine.register(view, 0 * opacity, view, opacity) is None
 
 
 def test_refine_makes_the_front_view_the_portrait(shipped):
