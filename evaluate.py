@@ -17,10 +17,8 @@ training planes. `front` is the PSNR of the view that is the portrait, which `ge
 the project's own features, not FID. Writes results/<--name>.json and .png.
 """
 import argparse
-import contextlib
 import copy
 import functools
-import io
 import itertools
 import json
 import math
@@ -37,92 +35,9 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import batches
+import metrics
 import refine
 import rodinhd as rh
-
-# Metrics: of two images (3, H, W) in 0..1 ------------------------------------------------------------------------------
-
-def ssim(a, b):
-    """Structural similarity: Gaussian window of 11 pixels, sigma 1.5 (Wang 2004), mean over pixels."""
-    tap = torch.exp(-torch.arange(-5.0, 6.0) ** 2 / (2 * 1.5 ** 2))
-    window = (tap[:, None] * tap / tap.sum() ** 2).expand(3, 1, 11, 11)
-    def blur(x):
-        return F.conv2d(x[None], window, groups=3)
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2, blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    return float((((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean())
-
-def lpips_metric():
-    """LPIPS (AlexNet), or None with one line on stdout where the backbone's weights cannot be had."""
-    import lpips
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            network = lpips.LPIPS(net='alex', verbose=False).eval()
-    except Exception as error:          # a download that fails raises many types
-        if dist.get_rank() == 0:
-            print(f'LPIPS is missing ({type(error).__name__}): put alexnet-owt-7be5be79.pth into {torch.hub.get_dir()}/checkpoints')
-        return None
-    return lambda a, b: float(network(a[None] * 2 - 1, b[None] * 2 - 1))
-
-def vae_distance(vae):
-    """Mean over the VAE's three maps of the squared difference of channel-normalised features. Not LPIPS."""
-    def distance(a, b):
-        maps = [vae.features(x[None] * 2 - 1) for x in (a, b)]
-        return sum(float((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()) for x, y in zip(*maps)) / 3
-    return distance
-
-def vae_feature(vae, image):
-    """The means of the VAE's three maps: (sum of their widths,)."""
-    return torch.cat([y.mean((0, 2, 3)) for y in vae.features(image[None] * 2 - 1)])
-
-def frechet_distance(a, b):
-    """Frechet distance of two sets of features (N, D) and (M, D), each taken for a Gaussian: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
-    (m, A), (n, B) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (a, b))
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T             # A^(1/2); the trace is that of (A^(1/2) B A^(1/2))^(1/2)
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    return float((m - n).square().sum() + A.trace() + B.trace() - 2 * cross)
-
-def extractors(args, vae):
-    """{name of a Frechet distance: features of an image (3, H, W) in 0..1 -> (D,)}. FID's networks are torch-fidelity's."""
-    found = {'FD-VAE': functools.partial(vae_feature, vae)}
-    others = (('FID', 'inception-v3-compat', '2048', args.inception), ('FID-CLIP', 'clip-vit-b-32', 'clip', args.clip))
-    for name, kind, feature, path in (other for other in others if other[-1]):
-        try:
-            from torch_fidelity.utils import create_feature_extractor
-            weights = {} if path == 'download' else {'feature_extractor_weights_path': path}
-            network = create_feature_extractor(kind, [feature], cuda=False, **weights)
-        except ImportError:
-            rh.stop(f'{name} needs the torch-fidelity package: pip install torch-fidelity')
-        except Exception as error:      # missing, damaged or not downloadable: many types
-            rh.stop(f'{name}: weights {path!r} of {kind} could not be had ({type(error).__name__}); give the file that torch-fidelity uses')
-        found[name] = lambda image, network=network: network((image[None] * 255).round().byte())[0][0].float()
-    return found
-
-def read_judges(items):
-    """{name: image (3, H, W) in 0..1 -> vector} from NAME=FILE, TorchScript modules that take (1, 3, H, W) in 0..1."""
-    judges = {}
-    for item in items:
-        name, _, path = item.partition('=')
-        try:
-            module = torch.jit.load(path, map_location='cpu').eval()
-        except Exception as error:      # torch.jit raises many types
-            rh.stop(f'--judge {item}: {path!r} is no TorchScript file ({type(error).__name__}); write NAME=FILE, csim=face.pt for instance')
-        judges[name] = lambda image, module=module: module(image[None]).flatten().float()
-    return judges
-
-def judge(judges, ours, truth):
-    """csim: cosine similarity to the truth, and -cross between neighbouring views of our own; others: mean absolute difference."""
-    scores = {}
-    for name, vector in judges.items():
-        a, b = (torch.stack([vector(x) for x in images]) for images in (ours, truth))
-        if name.startswith('csim'):
-            scores[name] = float(F.cosine_similarity(a, b).mean())
-            scores[f'{name}-cross'] = float(F.cosine_similarity(a, a.roll(1, 0)).mean())
-        else:
-            scores[name] = float((a - b).abs().mean())
-    return scores
 
 # Avatars and pictures -------------------------------------------------------------------------------------------------
 
@@ -206,6 +121,17 @@ def gather(value):
     dist.all_gather_object(everything, value)
     return everything
 
+def pooled(features):
+    """{row: [{name: (D,)} a view]} of all ranks, which may have rows that others have not."""
+    everyone = gather(features)
+    return {row: [view for part in everyone for view in part.get(row, [])] for rows in everyone for row in rows}
+
+def frechet(features, row, names):
+    """{name: Frechet distance} of the views of a row to the true ones, empty where one of them has a single view."""
+    pair = features[row], features['truth']
+    return {} if min(map(len, pair)) < 2 else {
+        n: metrics.frechet_distance(*(torch.stack([view[n] for view in views]) for views in pair)) for n in names}
+
 def write(args, name, result, sheet):
     """Writes <out>/<name>.json, and <name>.png if there is a picture."""
     path = args.out / f'{args.name or name}.json'
@@ -217,6 +143,11 @@ def write(args, name, result, sheet):
     print(f'written: {path}' + (f', {path.with_suffix(".png")}' if sheet.strips else ''))
 
 # Measurements ---------------------------------------------------------------------------------------------------------
+
+def held_out(folder, box, most):
+    """Views of an avatar that training never saw, of all where there are none such, and these on white, (V, 3, H, W) in 0..1."""
+    views = rh.load_views(folder, 'test', box, most=most) or rh.load_views(folder, 'train', box, most=most)
+    return views, torch.stack([rh.on_white(image).permute(2, 0, 1) for image in views.images])
 
 def portrait_view(folder, box):
     """The training view that is the portrait, as Views; None where the portrait is a file of its own."""
@@ -252,27 +183,26 @@ def evaluate(args, rank, world, device):
     config, vae = models['upsample'].config, copy.deepcopy(models['vae']).cpu()
     if max(args.steps or [1]) > min(config.base_timesteps, config.up_timesteps):
         rh.stop(f'--steps {max(args.steps)}: the models have {config.base_timesteps} and {config.up_timesteps} timesteps')
-    metrics = {'PSNR': rh.psnr, 'SSIM': ssim, 'LPIPS': lpips_metric(), 'VAE': vae_distance(vae)}
+    compare = metrics.of_pairs(vae)
     photographs = sorted(p for p in args.disturb.iterdir() if p.suffix.lower() in rh.IMAGE_SUFFIXES) if args.disturb else []
     baselines, folders = Baselines(args, device), some(rh.list_avatars(args.data), args.count)
-    features_of, judges = extractors(args, vae), read_judges(args.judge)
+    features_of, judges = metrics.extractors(vae, args.inception, args.clip), metrics.read_judges(args.judge)
     results, features, sheet = {}, {}, Sheet()                          # features: {row: {name: one (D,) a view}}
     for folder in tqdm(folders[rank::world], disable=rank > 0, desc='evaluating'):
         box = rh.read_box(folder)
-        views = rh.load_views(folder, 'test', box, most=args.views) or rh.load_views(folder, 'train', box, most=args.views)
+        views, truth = held_out(folder, box, args.views)
         front, (rgb, alpha) = portrait_view(folder, box), rh.read_portrait(rh.portrait_path(folder), config.portrait)
         shown = {'generated': (rh.portrait_on_white(rgb, alpha), alpha)}
         if args.disturb:
             image = batches.disturb(rgb, alpha, photographs, zlib.crc32(folder.name.encode()) + args.seed)
             shown['disturbed'] = image, torch.ones_like(alpha)
-        truth = torch.stack([rh.on_white(views.images[i]).permute(2, 0, 1) for i in range(len(views.images))])
         seen = [F.interpolate((p[None] + 1) / 2, size=truth.shape[2:], mode='area')[0] for p, _ in shown.values()]
         strip, results[folder.name] = [] if args.no_truth else [*seen, truth[0], truth[-1]], {}
         features.setdefault('truth', []).extend({n: f(x) for n, f in features_of.items()} for x in truth)
         for name, planes in candidates_for(folder, shown, args, models, fitted_decoder, baselines, device).items():
             ours = read_renders(planes, folder, truth) if isinstance(planes, Path) else photograph(*planes, views, device)[0]
-            results[folder.name][name] = scores = {m: sum(map(f, ours, truth)) / len(truth) for m, f in metrics.items() if f}
-            scores.update(judge(judges, ours, truth))
+            results[folder.name][name] = scores = {m: sum(map(f, ours, truth)) / len(truth) for m, f in compare.items()}
+            scores.update(metrics.judge(judges, ours, truth))
             if front and not isinstance(planes, Path):
                 scores['front'] = rh.psnr(photograph(*planes, front, device)[0][0], rh.on_white(front.images[0]).permute(2, 0, 1))
             strip += [ours[0], ours[-1]]
@@ -280,7 +210,7 @@ def evaluate(args, rank, world, device):
         sheet.legend = [*([] if args.no_truth else [*shown, 'truth', '']), *(w for n in results[folder.name] for w in (n, ''))]
         score = next(r['PSNR'] for n, r in results[folder.name].items() if n.startswith('generated'))
         sheet.add(score, folder.name, strip)
-    features = {row: [view for part in gather(features) for view in part.get(row, [])] for row in features}
+    features = pooled(features)
     for part in gather(sheet.strips)[1:]:
         sheet.merge(part)
     results = dict(sorted(pair for part in gather(results) for pair in part.items()))
@@ -289,8 +219,8 @@ def evaluate(args, rank, world, device):
         columns = list(dict.fromkeys(m for r in results.values() for scores in r.values() for m in scores))
         table = {n: {m: float(np.mean(values)) for m in columns if (values := [r[n][m] for r in results.values() if m in r.get(n, {})])}
                  for n in names}
-        for n, f in itertools.product(names if len(features['truth']) > 1 else (), features_of):
-            table[n][f] = frechet_distance(*(torch.stack([view[f] for view in features[row]]) for row in (n, 'truth')))
+        for n in names:
+            table[n].update(frechet(features, n, features_of))
         columns += features_of
         print(f'{"":28s}' + ''.join(f'{m:>9s}' for m in columns) + f'   mean of {len(results)} avatars')
         for n in names:
@@ -348,10 +278,10 @@ def fit_surface(views, config, device, seed=0):
     return surface, grid
 
 def consistency(args, rank, world, device):
-    """Are the views of a generated avatar those of one solid thing (Table 3)? PSNR of 6 views after fitting to 36 others: fresh planes; a
+    """Are the views of a generated avatar those of one solid thing (Tables 3 and 8)? 6 views after fitting to 36 others: fresh planes; a
     surface; and a surface to views that were sharpened one by one, which are not of one thing and must come out worse."""
     models, _ = load(args, device)
-    decoder, config = models['decoder'], models['decoder'].config
+    decoder, config, compare = models['decoder'], models['decoder'].config, metrics.of_pairs(copy.deepcopy(models['vae']).cpu())
     train = cameras([(30 * i + 10 * j, -15 + 22 * j) for j in range(3) for i in range(12)], config.portrait)
     test = cameras([(15 + 60 * i, 25 * (i % 2) - 4) for i in range(6)], config.portrait)
     scores, sheet = {}, Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
@@ -373,28 +303,38 @@ def consistency(args, rank, world, device):
         for name, views, target in (('surface', plain, truth), ('sharpened', sharpened, sharp_truth)):
             surface, grid = fit_surface(views, config, device, args.seed)
             ours[name] = see(surface, grid, test, config, device)[0], target
-        scores[folder.name] = {name: sum(map(rh.psnr, *pair)) / len(truth) for name, pair in ours.items()}
+        scores[folder.name] = {name: {m: sum(map(f, *pair)) / len(truth) for m, f in compare.items()} for name, pair in ours.items()}
         strip = [truth[0], ours['planes'][0][0], ours['surface'][0][0], sharp_truth[0], ours['sharpened'][0][0]]
-        sheet.add(scores[folder.name]['surface'], folder.name, strip)
+        sheet.add(scores[folder.name]['surface']['PSNR'], folder.name, strip)
     for part in gather(sheet.strips)[1:]:
         sheet.merge(part)
     scores = dict(sorted(pair for part in gather(scores) for pair in part.items()))
     if rank == 0:
-        mean = {name: float(np.mean([r[name] for r in scores.values()])) for name in ('planes', 'surface', 'sharpened')}
+        mean = {name: {m: float(np.mean([r[name][m] for r in scores.values()])) for m in compare}
+                for name in ('planes', 'surface', 'sharpened')}
         for avatar, row in {**scores, 'mean': mean}.items():
-            print(f'{avatar:28s}' + ''.join(f'  {name} {v:6.2f} dB' for name, v in row.items()))
+            for name, values in row.items():
+                print(f'{avatar:28s}{name:12s}' + ''.join(f'  {m} {v:.3f}' for m, v in values.items()))
         write(args, 'consistency', {'mean': mean, 'avatars': scores}, sheet)
 
 def unconditional(args, rank, world, device):
     """Avatars of nobody: PSNR of frontal views, 64 x 64, between each and its nearest other, and its nearest training avatar, beside the
-    same of training avatars among themselves. The picture shows samples, each with its three nearest training avatars, refitted."""
+    same of training avatars among themselves. And the Frechet distances of renders of them to the held-out images of --data, each by the
+    cameras of one of these avatars in turn. The picture shows samples, each with its three nearest training avatars, refitted."""
     models, fitted_decoder = load(args, device)
+    features_of = metrics.extractors(copy.deepcopy(models['vae']).cpu(), args.inception, args.clip)
+    folders, features = rh.list_avatars(args.data), {'sample': [], 'truth': []}
     baselines, front, samples = Baselines(args, device), cameras([(0, 2)], models['vae'].config.portrait // 2), []
     len(baselines.folders) > 1 or rh.stop(f'--unconditional: {args.fits} needs planes of two avatars of {args.train or args.data}')
     for i in tqdm(range(rank, args.unconditional, world), disable=rank > 0, desc='unconditional'):
         planes = rh.generate(models, 1, seed=args.seed + i)[0][0]
         samples.append((i, photograph(planes, models['decoder'], front, device)[0][0]))
+        folder = folders[i % len(folders)]
+        views, truth = held_out(folder, rh.read_box(folder), args.views)
+        for row, images in ('sample', photograph(planes, models['decoder'], views, device)[0]), ('truth', truth):
+            features[row] += [{n: f(x) for n, f in features_of.items()} for x in images]
     images = [image for _, image in sorted((pair for part in gather(samples) for pair in part), key=lambda pair: pair[0])]
+    features = pooled(features)
     if rank == 0:
         sheet, small = Sheet(['sample', 'nearest', 'second', 'third']), [F.interpolate(x[None], size=64, mode='area')[0] for x in images]
         near = [baselines.neighbours(x)[:3] for x in small]
@@ -403,7 +343,8 @@ def unconditional(args, rank, world, device):
         result = {
             'samples': len(images), 'sample_to_sample': dB([min(float(F.mse_loss(a, b)) for b in small if b is not a) for a in small]),
             'sample_to_training': dB([n[0][0] for n in near]),
-            'training_to_training': dB([baselines.neighbours(t, f.name)[0][0] for t, f in zip(baselines.thumbnails, baselines.folders)])}
+            'training_to_training': dB([baselines.neighbours(t, f.name)[0][0] for t, f in zip(baselines.thumbnails, baselines.folders)]),
+            'views': len(features['sample']), **frechet(features, 'sample', features_of)}
         pairs = sorted(zip(images, near), key=lambda pair: pair[1][0][0])
         for image, neighbours in pairs[:4] + pairs[max(len(pairs) - 4, 4):]:            # what the sheet keeps
             others = [photograph(baselines.planes[i](), fitted_decoder, front, device)[0][0] for _, i in neighbours]
@@ -417,6 +358,8 @@ def main(args):
     if min(1 if c is None else c for c in counts) < 1 or args.refine < 0:
         rh.stop('--views, --count, --consistency and --steps must be at least 1, --unconditional at least 2, --refine at least 0')
     args.images = [item.partition('=')[::2] for item in args.images]
+    if args.images and (args.consistency or args.unconditional):
+        rh.stop('--images: renders of others have no place in --consistency and --unconditional; leave out one of them')
     if args.disturb and not args.disturb.is_dir():
         rh.stop(f'--disturb {args.disturb}: no such folder; give one with photographs, or an empty one for flat colours alone')
     (consistency if args.consistency else unconditional if args.unconditional else evaluate)(args, rank, world, device)

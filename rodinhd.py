@@ -1286,15 +1286,15 @@ def sample_stage(stage, network, portrait, low=None, guidance=1.0, steps=None, e
     def draw():
         noise = torch.stack([torch.randn(3, config.channels, size, size, generator=g) for g in generators])
         return (noise if mix is None else torch.tensordot(mix, noise, 1)).to(device)
-    null = network.condition(drop(portrait)) if guidance != 1 else None
-    return diffusion_of(stage, config).sample(
-        network, draw, network.condition(portrait), null, guidance, steps or config.sample_steps, eta, **how)
+    condition, null = network.condition(portrait), network.condition(drop(portrait)) if guidance != 1 else None
+    return diffusion_of(stage, config).sample(network, draw, condition, null, guidance, steps or config.sample_steps, eta, **how)
 
 def generate(models, portrait, guidance=None, steps=None, eta=1.0, seed=0, mix=None, progress=False):
     """A Portrait, images (B, 3, P, P) in [-1, 1], or a number of avatars of nobody -> planes, low-resolution planes; of load_models."""
     config, device = models['base'].config, next(models['base'].parameters()).device
     images = torch.zeros(portrait, 3, config.portrait, config.portrait) if isinstance(portrait, int) else portrait
     seen = images if isinstance(images, Portrait) else encode_portrait(models['vae'], images.to(device), config)
-    seen, guidance = (drop(seen), 1.0) if isinstance(portrait, int) else (seen, config.guidance if guidance is None else guidance)
+    nobody = isinstance(portrait, int) or config.condition_drop == 1                       # in the second case portraits were never shown
+    seen, guidance = (drop(seen), 1.0) if nobody else (seen, config.guidance if guidance is None else guidance)
     low = sample_stage('base', models['base'], seen, None, guidance, steps, eta, seed, mix, progress=progress)
     return sample_stage('upsample', models['upsample'], seen, low, 1.0, steps, eta, seed, mix, progress=progress), low

@@ -71,29 +71,28 @@ def settings_of(settings, args):
 
 
 def fitted(args, settings, seed):
-    """A decoder from --data, then planes of --test under it -> figures of the row."""
-    folder = folder_of(args, 'fit', settings, seed)
+    """A decoder from --data, then planes of --test under it -> figures of the row, and the commits that made them."""
+    commit = commit_of(folder := folder_of(args, 'fit', settings, seed))
     for data in (['--decoder', '--data', args.data], ['--data', args.test]):
         call(args, 'fit.py', *data, '--fits', folder, '--seed', seed, *settings_of(settings, args))
     scores = json.loads((folder / 'fit.json').read_text())['psnr']
-    return {'PSNR': statistics.mean(scores.values())}
+    return {'PSNR': statistics.mean(scores.values())}, [commit]
 
 
 def scene(args, settings, seed):
     """Avatar number `seed` of --test with a decoder of its own."""
-    avatars, folder = rh.list_avatars(args.test), folder_of(args, 'scene', settings, seed)
+    avatars, commit = rh.list_avatars(args.test), commit_of(folder := folder_of(args, 'scene', settings, seed))
     avatar = avatars[seed * len(avatars) // args.seeds]
     call(args, 'fit.py', '--decoder', '--data', avatar, '--fits', folder, *settings_of(settings, args))
-    return {'PSNR': json.loads((folder / 'decoder.json').read_text())['psnr'][avatar.name]}
+    return {'PSNR': json.loads((folder / 'decoder.json').read_text())['psnr'][avatar.name]}, [commit]
 
 
 def generated(args, of_stage, seed):
     """Both models, from --fits and runs/vae.pt, then generated avatars of --test."""
     folder = args.work / '-'.join(['both', *(folder_of(args, stage, s, seed).name for stage, s in of_stage.items())])
-    folder.mkdir(parents=True, exist_ok=True)
+    commits = [commit_of(folder)]
     for stage, settings in of_stage.items():
-        runs = folder_of(args, stage, settings, seed)
-        runs.mkdir(parents=True, exist_ok=True)
+        commits.append(commit_of(runs := folder_of(args, stage, settings, seed)))
         for link, target in ((runs / 'vae.pt', args.runs / 'vae.pt'), (folder / 'vae.pt', args.runs / 'vae.pt'),
                              (folder / 'decoder.pt', args.fits / 'decoder.pt'), (folder / f'{stage}.pt', runs / f'{stage}.pt')):
             if not link.is_symlink():
@@ -104,7 +103,17 @@ def generated(args, of_stage, seed):
     if not path.exists():
         call(args, 'evaluate.py', '--data', args.test, '--fits', folder, '--runs', folder, '--out', folder, '--name', path.stem,
              '--refine', 0)             # the papers' models alone
-    return json.loads(path.read_text())['mean']['generated']
+    return json.loads(path.read_text())['mean']['generated'], commits
+
+
+def commit_of(folder):
+    """The commit of this project that made a folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / 'commit'
+    if not note.exists():
+        found = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        note.write_text(found or 'unknown')
+    return note.read_text()
 
 
 def folder_of(args, stage, settings, seed):
@@ -115,14 +124,14 @@ def folder_of(args, stage, settings, seed):
 def run(args):
     title, columns, rows = TABLES[args.table]
     path = args.out / f'table_{args.table}.json'
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    table = {'title': title, 'command': f'python tables.py {" ".join(map(str, args.words))}', 'commit': commit or 'unknown',
+    table = {'title': title, 'command': f'python tables.py {" ".join(map(str, args.words))}', 'commit': '',
              'hardware': torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPU cores, {platform.machine()}',
              'rows': {row: {'paper': paper, 'ours': {c: [] for c in columns}} for row, (_, paper) in rows.items()}}
     for seed in range(args.seeds):      # a whole table of one seed first
         for row, (settings, _) in rows.items():
-            figures = (fitted(args, settings['fit'], seed) if 'fit' in settings else scene(args, settings['scene'], seed)
-                       if 'scene' in settings else generated(args, settings, seed))
+            figures, commits = (fitted(args, settings['fit'], seed) if 'fit' in settings else scene(args, settings['scene'], seed)
+                                if 'scene' in settings else generated(args, settings, seed))
+            table['commit'] = ', '.join(sorted({*table['commit'].split(', '), *commits} - {''}))
             for c in columns:
                 table['rows'][row]['ours'][c].append(round(figures[c], 4))
             with rh.atomic(path) as temporary:

@@ -1,6 +1,10 @@
 """Shared by all tests: the project's modules, and two small synthetic avatars drawn once."""
+import os
 import sys
 from pathlib import Path
+
+if 'PYTEST_XDIST_WORKER' in os.environ:                 # one of several processes, each on a core; torch and its children read this
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """The metrics against independent implementations, and the disturbances of portraits."""
 import json
-import types
 
 import numpy as np
 import pytest
@@ -10,17 +9,18 @@ from PIL import Image
 import batches
 import evaluate
 import figures
+import metrics
 import rodinhd as rh
 
 
 def test_ssim_is_scikit_images():
-    metrics = pytest.importorskip('skimage.metrics')
+    theirs = pytest.importorskip('skimage.metrics')
     a = torch.rand(3, 40, 50)
     b = (a + 0.2 * torch.randn(3, 40, 50)).clamp(0, 1)
     pair = [x.permute(1, 2, 0).double().numpy() for x in (a, b)]
-    _, full = metrics.structural_similarity(*pair, channel_axis=2, full=True, data_range=1.0, gaussian_weights=True, sigma=1.5,
+    _, full = theirs.structural_similarity(*pair, channel_axis=2, full=True, data_range=1.0, gaussian_weights=True, sigma=1.5,
                                             use_sample_covariance=False)
-    assert abs(evaluate.ssim(a, b) - full[5:-5, 5:-5].mean()) < 1e-4   # ours has no border
+    assert abs(metrics.ssim(a, b) - full[5:-5, 5:-5].mean()) < 1e-4   # ours has no border
 
 
 def test_frechet_distance_of_two_gaussians():
@@ -29,8 +29,8 @@ def test_frechet_distance_of_two_gaussians():
         n = 2 * len(std)
         return torch.cat([sign * torch.diag(torch.tensor(std)) * ((n - 1) / 2) ** 0.5 for sign in (1, -1)]) + torch.tensor(mean)
     a, b = cloud([0.0, 1.0, 2.0], [1.0, 2.0, 0.5]), cloud([1.0, 1.0, 0.0], [2.0, 1.0, 0.5])
-    assert evaluate.frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 1, abs=1e-5)
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+    assert metrics.frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 1, abs=1e-5)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
 
 
 def test_frechet_distance_of_correlated_gaussians():
@@ -38,7 +38,7 @@ def test_frechet_distance_of_correlated_gaussians():
     a, b = torch.randn(200, 5) @ torch.randn(5, 5), torch.randn(300, 5) @ torch.randn(5, 5) + 1
     A, B = (np.cov(x.double().numpy().T) for x in (a, b))
     direct = float(((a.mean(0) - b.mean(0)) ** 2).sum()) + np.trace(A + B - 2 * linalg.sqrtm(A @ B).real)
-    assert evaluate.frechet_distance(a, b) == pytest.approx(direct, rel=1e-5)
+    assert metrics.frechet_distance(a, b) == pytest.approx(direct, rel=1e-5)
 
 
 def test_fid_on_random_weights_is_the_direct_computation(tmp_path, tiny):
@@ -50,19 +50,37 @@ def test_fid_on_random_weights_is_the_direct_computation(tmp_path, tiny):
         patch.setattr(torch, 'load', lambda *a, **k: {})
         network = inception('inception-v3-compat', ['2048'], feature_extractor_weights_path='none')
     torch.save(state, tmp_path / 'inception.pth')
-    args = types.SimpleNamespace(inception=str(tmp_path / 'inception.pth'), clip=None)
-    feature = evaluate.extractors(args, rh.VAE(tiny))['FID']
+    feature = metrics.extractors(rh.VAE(tiny), str(tmp_path / 'inception.pth'))['FID']
     image = torch.rand(3, 32, 32)
     expected = network.eval()((image[None] * 255).round().byte())[0][0]
     assert feature(image).shape == (2048,) and torch.allclose(feature(image), expected, atol=1e-5)
+    sets = torch.rand(4, 3, 32, 32), torch.rand(5, 3, 32, 32) ** 2
+    a, b = (network((x * 255).round().byte())[0].double().numpy() for x in sets)
+    A, B = np.cov(a.T), np.cov(b.T)
+    linalg = pytest.importorskip('scipy.linalg')
+    root = linalg.svdvals((a - a.mean(0)) @ (b - b.mean(0)).T).sum() / (3 * 4) ** 0.5              # tr (A B)^(1/2), of few samples
+    direct = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * root
+    ours = metrics.frechet_distance(*(torch.stack([feature(x) for x in images]) for images in sets))
+    assert ours == pytest.approx(direct, rel=1e-4)
 
 
 def test_networks_of_others_are_asked_for_by_name(tiny):
     pytest.importorskip('torch_fidelity')
-    with pytest.raises(SystemExit, match=r'FID: weights .nowhere.pth. of inception'):
-        evaluate.extractors(types.SimpleNamespace(inception='nowhere.pth', clip=None), rh.VAE(tiny))
+    with pytest.raises(SystemExit, match=r'FID: .nowhere.pth. did not give the weights of inception.*give weights-inception-2015'):
+        metrics.extractors(rh.VAE(tiny), 'nowhere.pth')
     with pytest.raises(SystemExit, match=r'--judge csim=nowhere.pt.*TorchScript'):
-        evaluate.read_judges(['csim=nowhere.pt'])
+        metrics.read_judges(['csim=nowhere.pt'])
+
+
+def test_rows_that_only_some_ranks_have_are_pooled(monkeypatch):
+    """One rank has no avatar, another one no fitted planes; one view has no covariance."""
+    ranks = [{'truth': []}, {'truth': [1.0, 2.0], 'generated': [3.0, 4.0]}, {'truth': [5.0], 'fitted': [6.0]}]
+    monkeypatch.setattr(evaluate, 'gather', lambda _: [{row: [{'f': torch.tensor([v, v * v])} for v in vs] for row, vs in part.items()}
+                                                       for part in ranks])
+    rows = evaluate.pooled(None)
+    assert {row: [float(v['f'][0]) for v in views] for row, views in rows.items()} == {
+        'truth': [1, 2, 5], 'generated': [3, 4], 'fitted': [6]}
+    assert evaluate.frechet(rows, 'generated', ['f'])['f'] > 0 and evaluate.frechet(rows, 'fitted', ['f']) == {}
 
 
 def test_judges(tmp_path):
@@ -70,10 +88,10 @@ def test_judges(tmp_path):
         def forward(self, x):
             return x.mean((2, 3))
     torch.jit.script(Mean()).save(str(tmp_path / 'mean.pt'))
-    judges = evaluate.read_judges([f'csim={tmp_path}/mean.pt', f'pose={tmp_path}/mean.pt'])
+    judges = metrics.read_judges([f'csim={tmp_path}/mean.pt', f'pose={tmp_path}/mean.pt'])
     red, green = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
     red[:, 0], green[:, 1] = 1, 1
-    scores = evaluate.judge(judges, red, green)
+    scores = metrics.judge(judges, red, green)
     assert scores == pytest.approx({'csim': 0, 'csim-cross': 1, 'pose': 2 / 3})
 
 

@@ -197,6 +197,18 @@ def test_a_sampled_portrait_is_projected_to_keys_and_values_once(tiny, monkeypat
     assert len(calls) == len(set(calls)) == len(cross) > 2
 
 
+def test_a_network_that_was_never_shown_a_portrait_sees_none(tiny):
+    """Trained with condition_drop=1, its layers for portraits are as they began."""
+    for drop, same in ((1.0, True), (0.2, False)):
+        config = rh.make_config('tiny', [f'condition_drop={drop}', 'sample_steps=1'])
+        models = {kind: build(config) for kind, (build, _) in rh.MODELS.items()}
+        for model in models.values():
+            model.config = config
+            shaken(model)
+        a, b = (rh.generate(models, x)[0] for x in torch.rand(2, 1, 3, tiny.portrait, tiny.portrait))
+        assert torch.equal(a, b) == same
+
+
 def test_the_prior_learns_planes_of_few_components(tiny):
     """Planes that are a mean and two patterns come back from their weights; a third component stays empty."""
     mean, patterns = torch.randn(3, 8, 8, 8) * 0.2, torch.randn(2, 3, 8, 8, 8) * 0.1

@@ -77,9 +77,11 @@ def test_the_whole_walk(walk):
     assert table['fitted']['front'] > table['mean']['front'] and table['fitted']['FD-VAE'] < table['mean']['FD-VAE']
     assert {p.name for p in (walk / 'results').iterdir()} == {
         f'{name}{suffix}' for name in ('evaluate', 'one', 'consistency', 'unconditional') for suffix in ('.json', '.png')}
-    assert json.loads((walk / 'results/consistency.json').read_text())['avatars'].keys() == {'avatar_0000'}
+    agree = json.loads((walk / 'results/consistency.json').read_text())
+    assert agree['avatars'].keys() == {'avatar_0000'} and {'PSNR', 'SSIM'} <= agree['mean']['surface'].keys()
     assert (walk / 'assets/forgetting.png').exists()
-    assert json.loads((walk / 'results/unconditional.json').read_text())['samples'] == 2
+    nobody = json.loads((walk / 'results/unconditional.json').read_text())
+    assert nobody['samples'] == 2 and nobody['views'] == 2 * 4 and nobody['FD-VAE'] > 0
     log = [json.loads(line) for line in (walk / 'fits/decoder.jsonl').read_text().splitlines()]
     assert len(log) == 4 and 'iwc' in log[-1] and 'iwc' not in log[0]   # consolidation acts from the second visit on
 
