@@ -135,6 +135,8 @@ def front_view(planes, decoder, P):
     rgb, opacity = rh.render_view(field, *front_camera(P, planes.device), P, P, decoder.config.steps, grid)
     return rgb.permute(2, 0, 1), opacity[None]
 
+@torch.autocast('cpu', enabled=False)
+@torch.autocast('cuda', enabled=False)
 def straighten_one(view, opacity, usual, image, alpha):
     """`straighten` of one portrait (3, P, P) in [-1, 1] of alpha (1, P, P), by the `front_view` of a sample; usual (1, P, P): the opacity
     of a usual avatar."""
