@@ -144,15 +144,16 @@ def write(args, name, result, sheet):
 
 # Measurements ---------------------------------------------------------------------------------------------------------
 
-def held_out(folder, box, most):
+def held_out(folder, box, args):
     """Views of an avatar that training never saw, of all where there are none such, and these on white, (V, 3, H, W) in 0..1."""
-    views = rh.load_views(folder, 'test', box, most=most) or rh.load_views(folder, 'train', box, most=most)
+    size = args.downscale, args.views
+    views = rh.load_views(folder, 'test', box, *size) or rh.load_views(folder, 'train', box, *size)
     return views, torch.stack([rh.on_white(image).permute(2, 0, 1) for image in views.images])
 
-def portrait_view(folder, box):
+def portrait_view(folder, box, downscale):
     """The training view that is the portrait, as Views; None where the portrait is a file of its own."""
     paths, portrait = [frame['path'] for frame in rh.read_frames(folder, 'train')[1]], rh.portrait_path(folder)
-    return rh.load_views(folder, 'train', box, pick=paths.index(portrait)) if portrait in paths else None
+    return rh.load_views(folder, 'train', box, downscale, pick=paths.index(portrait)) if portrait in paths else None
 
 def read_renders(renders, folder, truth):
     """Another method's renders of the held-out views of an avatar, as large as the truth (V, 3, H, W)."""
@@ -190,8 +191,8 @@ def evaluate(args, rank, world, device):
     results, features, sheet = {}, {}, Sheet()                          # features: {row: {name: one (D,) a view}}
     for folder in tqdm(folders[rank::world], disable=rank > 0, desc='evaluating'):
         box = rh.read_box(folder)
-        views, truth = held_out(folder, box, args.views)
-        front, (rgb, alpha) = portrait_view(folder, box), rh.read_portrait(rh.portrait_path(folder), config.portrait)
+        views, truth = held_out(folder, box, args)
+        front, (rgb, alpha) = portrait_view(folder, box, args.downscale), rh.read_portrait(rh.portrait_path(folder), config.portrait)
         shown = {'generated': (rh.portrait_on_white(rgb, alpha), alpha)}
         if args.disturb:
             image = batches.disturb(rgb, alpha, photographs, zlib.crc32(folder.name.encode()) + args.seed)
@@ -330,7 +331,7 @@ def unconditional(args, rank, world, device):
         planes = rh.generate(models, 1, seed=args.seed + i)[0][0]
         samples.append((i, photograph(planes, models['decoder'], front, device)[0][0]))
         folder = folders[i % len(folders)]
-        views, truth = held_out(folder, rh.read_box(folder), args.views)
+        views, truth = held_out(folder, rh.read_box(folder), args)
         for row, images in ('sample', photograph(planes, models['decoder'], views, device)[0]), ('truth', truth):
             features[row] += [{n: f(x) for n, f in features_of.items()} for x in images]
     images = [image for _, image in sorted((pair for part in gather(samples) for pair in part), key=lambda pair: pair[0])]
@@ -354,9 +355,9 @@ def unconditional(args, rank, world, device):
 
 def main(args):
     rank, world, device = rh.start(args.device, args.seed)
-    counts = (args.views, args.count, args.consistency, args.unconditional and args.unconditional - 1, *(args.steps or ()))
+    counts = (args.views, args.downscale, args.count, args.consistency, args.unconditional and args.unconditional - 1, *(args.steps or ()))
     if min(1 if c is None else c for c in counts) < 1 or args.refine < 0:
-        rh.stop('--views, --count, --consistency and --steps must be at least 1, --unconditional at least 2, --refine at least 0')
+        rh.stop('--views, --downscale, --count, --consistency and --steps must be at least 1, --unconditional 2, --refine 0')
     args.images = [item.partition('=')[::2] for item in args.images]
     if args.images and (args.consistency or args.unconditional):
         rh.stop('--images: renders of others have no place in --consistency and --unconditional; leave out one of them')
@@ -374,6 +375,7 @@ def parse(argv=None):
     p.add_argument('--name', help='of the files written (default: what is measured)')
     p.add_argument('--count', type=int, help='only this many avatars, evenly spread')
     p.add_argument('--views', type=int, default=6, help='held-out views of each')
+    p.add_argument('--downscale', type=int, default=1, help='average the images of --data down by this factor')
     p.add_argument('--no-truth', action='store_true', help='a picture without the data set\'s own images')
     p.add_argument('--guidance', type=float, nargs='+', help='of the base model (default: its own)')
     p.add_argument('--steps', type=int, nargs='+', help='sampling steps of each model (default: its own)')

@@ -1,11 +1,13 @@
 """The papers' tables, run here: each row is one value of one option, beside the paper's figures.
 
     python tables.py run 4a --data train --test test --seeds 3      results/table_4a.json; goes on after an interruption
+    python tables.py run 4b --seeds 3 --once B --jobs 2             one seed of row B, whose effect is large; two commands side by side
     python tables.py run 4b --data train --test test --fits fits    begins with planes, decoder and runs/vae.pt that are there
     python tables.py readme                                         writes the tables of results/ into README.md
 
 4a (replay, weight decay, consolidation), 6 (resolution, channels), 4b (schedule, conditioning), rodin2 (latent, roll-out, 3D-aware
-convolution), rodin3 (image loss, condition augmentation). --set changes settings of all rows alike; what rows share is trained once.
+convolution), rodin3 (image loss, condition augmentation). Rows without the paper's figures are what else was tried. --set changes
+settings of all rows alike; what rows share is trained once.
 """
 import argparse
 import json
@@ -15,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,7 +33,9 @@ TABLES = {                              # title, columns, {row: (settings of eac
         'B each avatar once': ({'fit': NO_REPLAY}, {'PSNR': 30.56}),
         'C + task replay': ({'fit': ['weight_iwc=0']}, {'PSNR': 30.93}),
         'D + weight decay': ({'fit': ['weight_iwc=0', 'weight_decay=1e-4']}, {'PSNR': 31.00}),
-        'E + consolidation in its place': ({'fit': []}, {'PSNR': 31.45})}),
+        'E + consolidation in its place': ({'fit': []}, {'PSNR': 31.45}),
+        'D with a hundredth of the decay': ({'fit': ['weight_iwc=0', 'weight_decay=1e-6']}, {}),
+        'E with a hundred times the weight': ({'fit': ['weight_iwc=3e5']}, {})}),
     '6': ('Resolution and channels (RodinHD, Table 6): one avatar with a decoder of its own', ('PSNR',), {
         f'{size} x {channels}': ({'scene': [f'resolution={{{size}}}', f'channels={channels}']}, {'PSNR': paper})
         for size, row in (('quarter', (30.15, 30.71, 31.21)), ('half', (30.24, 31.01, 31.44)), ('full', (30.38, 31.31, 31.60)))
@@ -58,7 +63,8 @@ def call(args, script, *options):
     launcher = [] if args.ranks == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.ranks}']
     command = [sys.executable, *launcher, str(HERE / script), *map(str, options)]
     print('+', ' '.join(command[1:]), flush=True)
-    if subprocess.run(command).returncode:
+    threads = {'OMP_NUM_THREADS': str(max(os.cpu_count() // args.jobs, 1))} if args.jobs > 1 else {}
+    if subprocess.run(command, env={**os.environ, **threads}).returncode:
         rh.stop(f'tables.py: {script} failed; the same command goes on')
 
 
@@ -74,7 +80,7 @@ def fitted(args, settings, seed):
     """A decoder from --data, then planes of --test under it -> figures of the row, and the commits that made them."""
     commit = commit_of(folder := folder_of(args, 'fit', settings, seed))
     for data in (['--decoder', '--data', args.data], ['--data', args.test]):
-        call(args, 'fit.py', *data, '--fits', folder, '--seed', seed, *settings_of(settings, args))
+        call(args, 'fit.py', *data, '--fits', folder, '--seed', seed, '--downscale', args.downscale, *settings_of(settings, args))
     scores = json.loads((folder / 'fit.json').read_text())['psnr']
     return {'PSNR': statistics.mean(scores.values())}, [commit]
 
@@ -83,27 +89,36 @@ def scene(args, settings, seed):
     """Avatar number `seed` of --test with a decoder of its own."""
     avatars, commit = rh.list_avatars(args.test), commit_of(folder := folder_of(args, 'scene', settings, seed))
     avatar = avatars[seed * len(avatars) // args.seeds]
-    call(args, 'fit.py', '--decoder', '--data', avatar, '--fits', folder, *settings_of(settings, args))
+    call(args, 'fit.py', '--decoder', '--data', avatar, '--fits', folder, '--downscale', args.downscale, *settings_of(settings, args))
     return {'PSNR': json.loads((folder / 'decoder.json').read_text())['psnr'][avatar.name]}, [commit]
 
 
-def generated(args, of_stage, seed):
-    """Both models, from --fits and runs/vae.pt, then generated avatars of --test."""
-    folder = args.work / '-'.join(['both', *(folder_of(args, stage, s, seed).name for stage, s in of_stage.items())])
-    commits = [commit_of(folder)]
-    for stage, settings in of_stage.items():
-        commits.append(commit_of(runs := folder_of(args, stage, settings, seed)))
-        for link, target in ((runs / 'vae.pt', args.runs / 'vae.pt'), (folder / 'vae.pt', args.runs / 'vae.pt'),
-                             (folder / 'decoder.pt', args.fits / 'decoder.pt'), (folder / f'{stage}.pt', runs / f'{stage}.pt')):
-            if not link.is_symlink():
-                link.symlink_to(target.resolve())
-        call(args, 'train.py', '--stage', stage, '--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed,
-             *(['--bf16'] if args.bf16 else []), *settings_of(['components=0', 'aligned=0', *settings], args))     # the papers' networks
+def trained(args, stage, settings, seed):
+    """A model of train.py, from --fits and runs/vae.pt -> its file, and the commit that made it."""
+    commit = commit_of(runs := folder_of(args, stage, settings, seed))
+    link(runs / 'vae.pt', args.runs / 'vae.pt')
+    call(args, 'train.py', '--stage', stage, '--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed,
+         *(['--bf16'] if args.bf16 else []), *settings_of(['components=0', 'aligned=0', *settings], args))     # the papers' networks
+    return runs / f'{stage}.pt', commit
+
+
+def generated(args, models, seed):
+    """Both models (futures of `trained`), measured on avatars generated for --test."""
+    (base, *commits), (upsample, commit) = (future.result() for future in models)
+    folder = args.work / f'both-{base.parent.name}-{upsample.parent.name}'
+    commits += [commit, commit_of(folder)]
+    for path in (base, upsample, args.runs / 'vae.pt', args.fits / 'decoder.pt'):
+        link(folder / path.name, path)
     path = folder / f'{args.test.resolve().name}.json'
     if not path.exists():
         call(args, 'evaluate.py', '--data', args.test, '--fits', folder, '--runs', folder, '--out', folder, '--name', path.stem,
-             '--refine', 0)             # the papers' models alone
+             '--downscale', args.downscale, '--seed', seed, '--refine', 0)              # the papers' models alone
     return json.loads(path.read_text())['mean']['generated'], commits
+
+
+def link(path, target):
+    if not path.is_symlink():
+        path.symlink_to(target.resolve())
 
 
 def commit_of(folder):
@@ -127,15 +142,29 @@ def run(args):
     table = {'title': title, 'command': f'python tables.py {" ".join(map(str, args.words))}', 'commit': '',
              'hardware': torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPU cores, {platform.machine()}',
              'rows': {row: {'paper': paper, 'ours': {c: [] for c in columns}} for row, (_, paper) in rows.items()}}
+    models, cells = {}, []              # {(stage, *settings, seed): future of `trained`}, [(row, future of its figures)]
+    pool = ThreadPoolExecutor(args.jobs)
     for seed in range(args.seeds):      # a whole table of one seed first
-        for row, (settings, _) in rows.items():
-            figures, commits = (fitted(args, settings['fit'], seed) if 'fit' in settings else scene(args, settings['scene'], seed)
-                                if 'scene' in settings else generated(args, settings, seed))
+        now = {row: of_command for row, (of_command, _) in rows.items() if not seed or row.split()[0] not in args.once}
+        for stage in ('base', 'upsample'):
+            for settings in (of_command[stage] for of_command in now.values() if stage in of_command):
+                if (key := (stage, *settings, seed)) not in models:
+                    models[key] = pool.submit(trained, args, stage, settings, seed)
+        for row, of_command in now.items():
+            (kind, settings), *_ = of_command.items()
+            figures = (pool.submit({'fit': fitted, 'scene': scene}[kind], args, settings, seed) if kind != 'base' else
+                       pool.submit(generated, args, [models[stage, *s, seed] for stage, s in of_command.items()], seed))
+            cells.append((row, figures))
+    try:
+        for row, future in cells:
+            figures, commits = future.result()
             table['commit'] = ', '.join(sorted({*table['commit'].split(', '), *commits} - {''}))
             for c in columns:
                 table['rows'][row]['ours'][c].append(round(figures[c], 4))
             with rh.atomic(path) as temporary:
                 temporary.write_text(json.dumps(table, indent=1) + '\n')
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(as_markdown(table))
 
 
@@ -151,7 +180,7 @@ def as_markdown(table):
     lines = [f'**{table["title"]}**', '', f'| | {head} |', '|' + '---|' * (1 + len(theirs) + len(ours))]
     lines += [f'| {name} | ' + ' | '.join([str(row['paper'].get(c, '')) for c in theirs] + [cell(row['ours'][c]) for c in ours]) + ' |'
               for name, row in table['rows'].items()]
-    seeds = len(rows[0]['ours'][ours[0]])
+    seeds = max(len(row['ours'][ours[0]]) for row in rows)
     return '\n'.join([*lines, '', f'`{table["command"]}`, {seeds} seed(s), {table["hardware"]}, commit {table["commit"]}.'])
 
 
@@ -178,7 +207,10 @@ def parse(argv=None):
     r.add_argument('--runs', type=Path, default=Path('runs'), help='4b, rodin2, rodin3: where vae.pt is')
     r.add_argument('--work', type=Path, default=Path('tables'), help='what is trained goes here')
     r.add_argument('--seeds', type=int, default=1)
+    r.add_argument('--once', nargs='*', default=[], metavar='ROW', help='letters of rows that get one seed')
+    r.add_argument('--jobs', type=int, default=1, help='commands side by side')
     r.add_argument('--ranks', type=int, default=1, help='processes of each command')
+    r.add_argument('--downscale', type=int, default=1, help='average the images down by this factor, in fit.py and evaluate.py')
     r.add_argument('--bf16', action='store_true', help='train.py in bfloat16 on a CPU, too')
     r.add_argument('--preset', default='small', choices=rh.PRESETS)
     r.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='override settings of the preset in all rows')

@@ -279,13 +279,17 @@ def test_tables(walk, monkeypatch, capsys):
     """Two tables at a few steps each, without a process a command; what rows share is trained once."""
     monkeypatch.chdir(walk)
     monkeypatch.setattr(tables, 'call', lambda args, script, *options: run(SCRIPTS[script], *options))
-    small = ['--preset', 'tiny', '--test', 'data', '--set', 'inner=2', 'outer=2', 'fit_steps=2', 'base_steps=2', 'up_steps=2']
-    for table, rows in (('6', 9), ('4b', 4)):
-        tables.run(tables.parse(['run', table, *small, '--out', 'shown']))
+    small = ['--preset', 'tiny', '--test', 'data', '--downscale', '2',
+             '--set', 'inner=2', 'outer=2', 'fit_steps=2', 'base_steps=2', 'up_steps=2']
+    for table, rows, seeds in (('6', 9, ()), ('4b', 4, ('--seeds', '2', '--once', 'B', 'C'))):
+        tables.run(tables.parse(['run', table, *seeds, *small, '--out', 'shown']))
         content = json.loads((walk / f'shown/table_{table}.json').read_text())
-        assert len(content['rows']) == rows and all(len(v) == 1 for row in content['rows'].values() for v in row['ours'].values())
-        assert tables.as_markdown(content) in capsys.readouterr().out
-    assert len(list((walk / 'tables').glob('upsample_*'))) == 2         # 4b: one with the linear schedule, one that three rows share
+        lengths = [len(v) for row in content['rows'].values() for v in row['ours'].values()]
+        assert lengths == ([1] * 9 if table == '6' else [1] * 8 + [2] * 8)
+        assert len(content['rows']) == rows and tables.as_markdown(content) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='nothing'):                    # a command that fails ends the table, and what waits is dropped
+        tables.run(tables.parse(['run', '4b', *small, '--work', 'other', '--fits', 'nothing', '--out', 'shown']))
+    assert len(list((walk / 'tables').glob('upsample_*'))) == 3         # 4b: with the linear schedule, and two seeds that rows share
     models = [rh.load_model('base', walk / 'tables' / f'base_{s}seed0', 'cpu') for s in ('tokens=none_base_schedule=linear_', '')]
     assert [(m.config.tokens, m.config.base_schedule) for m in models] == [('none', 'linear'), ('multi', 'cosine')]
 
