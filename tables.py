@@ -34,8 +34,8 @@ TABLES = {                              # title, columns, {row: (settings of eac
         'C + task replay': ({'fit': ['weight_iwc=0']}, {'PSNR': 30.93}),
         'D + weight decay': ({'fit': ['weight_iwc=0', 'weight_decay=1e-4']}, {'PSNR': 31.00}),
         'E + consolidation in its place': ({'fit': []}, {'PSNR': 31.45}),
-        'D with a hundredth of the decay': ({'fit': ['weight_iwc=0', 'weight_decay=1e-6']}, {}),
-        'E with a hundred times the weight': ({'fit': ['weight_iwc=3e5']}, {})}),
+        'F as D, a hundredth of the decay': ({'fit': ['weight_iwc=0', 'weight_decay=1e-6']}, {}),
+        'G as E, a hundred times the weight': ({'fit': ['weight_iwc=3e5']}, {})}),
     '6': ('Resolution and channels (RodinHD, Table 6): one avatar with a decoder of its own', ('PSNR',), {
         f'{size} x {channels}': ({'scene': [f'resolution={{{size}}}', f'channels={channels}']}, {'PSNR': paper})
         for size, row in (('quarter', (30.15, 30.71, 31.21)), ('half', (30.24, 31.01, 31.44)), ('full', (30.38, 31.31, 31.60)))
