@@ -5,6 +5,7 @@
     python evaluate.py --guidance 1 1.3 2 3 --steps 10 50 --refine 0    one row for each pair, of the model alone
     python evaluate.py --disturb photographs                 portraits shifted, scaled, on flat colours or pieces of photographs
     python evaluate.py --images rodin=folder                 another method's renders, folder/<avatar>/<name of the held-out view>.png
+                                                             (with --consistency: a posed set of them in each folder/<avatar>/)
     python evaluate.py --inception download --clip clip.pt   FID, of Inception and of CLIP features, as well
     python evaluate.py --judge csim=face.pt expression=e.pt  identity, expression, pose, shape: any TorchScript from image to vector
     python evaluate.py --consistency 6                       planes and a surface fitted to 36 renders of each of six generated avatars
@@ -52,6 +53,10 @@ def some(items, count):
 
 def read_planes(path, device):
     return rh.read_checkpoint(path, 'planes', 'python fit.py')['planes'].float().clamp(-1, 1).to(device)
+
+def seed_of(folder, args):
+    """A seed of its own for each avatar, or all would be made of the same noise."""
+    return args.seed + zlib.crc32(folder.name.encode())
 
 def thumbnail(folder):
     """The portrait of an avatar on white, (3, 64, 64) in 0..1."""
@@ -122,15 +127,14 @@ def gather(value):
     return everything
 
 def pooled(features):
-    """{row: [{name: (D,)} a view]} of all ranks, which may have rows that others have not."""
+    """{row: [what there is of a view]} of all ranks, which may have rows that others have not."""
     everyone = gather(features)
     return {row: [view for part in everyone for view in part.get(row, [])] for rows in everyone for row in rows}
 
-def frechet(features, row, names):
-    """{name: Frechet distance} of the views of a row to the true ones, empty where one of them has a single view."""
-    pair = features[row], features['truth']
-    return {} if min(map(len, pair)) < 2 else {
-        n: metrics.frechet_distance(*(torch.stack([view[n] for view in views]) for views in pair)) for n in names}
+def frechet(pairs, names):
+    """{name: Frechet distance} of [(our view's features, the true one's)], each {name: (D,)}; empty where there is a single view."""
+    return {} if len(pairs) < 2 else {
+        n: metrics.frechet_distance(*(torch.stack([view[n] for view in views]) for views in zip(*pairs))) for n in names}
 
 def write(args, name, result, sheet):
     """Writes <out>/<name>.json, and <name>.png if there is a picture."""
@@ -170,7 +174,7 @@ def candidates_for(folder, shown, args, models, fitted_decoder, baselines, devic
     settings = list(itertools.product(args.guidance or [config.guidance], args.steps or [config.sample_steps]))
     for (name, (portrait, alpha)), (guidance, steps) in itertools.product(shown.items(), settings):
         name = name if len(settings) == 1 else f'{name}, s={guidance:g}, {steps} steps'
-        how = dict(guidance=guidance, steps=steps, seed=args.seed)
+        how = dict(guidance=guidance, steps=steps, seed=seed_of(folder, args))
         candidates[name] = refine.avatars_of(models, portrait[None], args.refine, alpha[None], **how)[0], models['decoder']
     if args.refine and len(settings) == 1:
         candidates['sampled'] = rh.generate(models, shown['generated'][0][None], **how)[0][0], models['decoder']
@@ -188,18 +192,18 @@ def evaluate(args, rank, world, device):
     photographs = sorted(p for p in args.disturb.iterdir() if p.suffix.lower() in rh.IMAGE_SUFFIXES) if args.disturb else []
     baselines, folders = Baselines(args, device), some(rh.list_avatars(args.data), args.count)
     features_of, judges = metrics.extractors(vae, args.inception, args.clip), metrics.read_judges(args.judge)
-    results, features, sheet = {}, {}, Sheet()                          # features: {row: {name: one (D,) a view}}
+    results, features, sheet = {}, {}, Sheet()                          # features: {row: [({name: (D,)}, that of the truth) a view]}
     for folder in tqdm(folders[rank::world], disable=rank > 0, desc='evaluating'):
         box = rh.read_box(folder)
         views, truth = held_out(folder, box, args)
         front, (rgb, alpha) = portrait_view(folder, box, args.downscale), rh.read_portrait(rh.portrait_path(folder), config.portrait)
         shown = {'generated': (rh.portrait_on_white(rgb, alpha), alpha)}
         if args.disturb:
-            image = batches.disturb(rgb, alpha, photographs, zlib.crc32(folder.name.encode()) + args.seed)
+            image = batches.disturb(rgb, alpha, photographs, seed_of(folder, args))
             shown['disturbed'] = image, torch.ones_like(alpha)
         seen = [F.interpolate((p[None] + 1) / 2, size=truth.shape[2:], mode='area')[0] for p, _ in shown.values()]
         strip, results[folder.name] = [] if args.no_truth else [*seen, truth[0], truth[-1]], {}
-        features.setdefault('truth', []).extend({n: f(x) for n, f in features_of.items()} for x in truth)
+        true_features = [{n: f(x) for n, f in features_of.items()} for x in truth]
         for name, planes in candidates_for(folder, shown, args, models, fitted_decoder, baselines, device).items():
             ours = read_renders(planes, folder, truth) if isinstance(planes, Path) else photograph(*planes, views, device)[0]
             results[folder.name][name] = scores = {m: sum(map(f, ours, truth)) / len(truth) for m, f in compare.items()}
@@ -207,7 +211,7 @@ def evaluate(args, rank, world, device):
             if front and not isinstance(planes, Path):
                 scores['front'] = rh.psnr(photograph(*planes, front, device)[0][0], rh.on_white(front.images[0]).permute(2, 0, 1))
             strip += [ours[0], ours[-1]]
-            features.setdefault(name, []).extend({n: f(x) for n, f in features_of.items()} for x in ours)
+            features.setdefault(name, []).extend(({n: f(x) for n, f in features_of.items()}, y) for x, y in zip(ours, true_features))
         sheet.legend = [*([] if args.no_truth else [*shown, 'truth', '']), *(w for n in results[folder.name] for w in (n, ''))]
         score = next(r['PSNR'] for n, r in results[folder.name].items() if n.startswith('generated'))
         sheet.add(score, folder.name, strip)
@@ -221,8 +225,10 @@ def evaluate(args, rank, world, device):
         table = {n: {m: float(np.mean(values)) for m in columns if (values := [r[n][m] for r in results.values() if m in r.get(n, {})])}
                  for n in names}
         for n in names:
-            table[n].update(frechet(features, n, features_of))
-        columns += features_of
+            table[n].update(frechet(features[n], features_of))
+            if (count := sum(n in r for r in results.values())) < len(results):
+                table[n]['avatars'] = count         # a mean over others than the rows above and below: not to be compared with them
+        columns += [*features_of, *(['avatars'] if any('avatars' in row for row in table.values()) else [])]
         print(f'{"":28s}' + ''.join(f'{m:>9s}' for m in columns) + f'   mean of {len(results)} avatars')
         for n in names:
             print(f'{n:28s}' + ''.join(f'{table[n][m]:9.3f}' if m in table[n] else f'{"-":>9s}' for m in columns))
@@ -280,7 +286,8 @@ def fit_surface(views, config, device, seed=0):
 
 def consistency(args, rank, world, device):
     """Are the views of a generated avatar those of one solid thing (Tables 3 and 8)? 6 views after fitting to 36 others: fresh planes; a
-    surface; and a surface to views that were sharpened one by one, which are not of one thing and must come out worse."""
+    surface; and a surface to views that were sharpened one by one, which are not of one thing and must come out worse. Then a surface to
+    another method's renders, a posed set FOLDER/<avatar>/ for each (--images), measured at its held-out views."""
     models, _ = load(args, device)
     decoder, config, compare = models['decoder'], models['decoder'].config, metrics.of_pairs(copy.deepcopy(models['vae']).cpu())
     train = cameras([(30 * i + 10 * j, -15 + 22 * j) for j in range(3) for i in range(12)], config.portrait)
@@ -301,10 +308,14 @@ def consistency(args, rank, world, device):
         (truth, _), (sharp_truth, _) = shots(test)
         fresh, _, _ = rh.fit_avatar(plain, decoder.start, decoder, config, steps=config.fit_steps, seed=args.seed)
         ours = {'planes': (photograph(fresh, decoder, test, device)[0], truth)}
-        for name, views, target in (('surface', plain, truth), ('sharpened', sharpened, sharp_truth)):
+        sets = [('surface', plain, test, truth), ('sharpened', sharpened, test, sharp_truth)]
+        for name, root in args.images:
+            box = rh.read_box(path := Path(root) / folder.name)
+            sets.append((name, rh.load_views(path, 'train', box, args.downscale), *held_out(path, box, args)))
+        for name, views, unseen, target in sets:
             surface, grid = fit_surface(views, config, device, args.seed)
-            ours[name] = see(surface, grid, test, config, device)[0], target
-        scores[folder.name] = {name: {m: sum(map(f, *pair)) / len(truth) for m, f in compare.items()} for name, pair in ours.items()}
+            ours[name] = see(surface, grid, unseen, config, device)[0], target
+        scores[folder.name] = {name: {m: sum(map(f, *pair)) / len(pair[1]) for m, f in compare.items()} for name, pair in ours.items()}
         strip = [truth[0], ours['planes'][0][0], ours['surface'][0][0], sharp_truth[0], ours['sharpened'][0][0]]
         sheet.add(scores[folder.name]['surface']['PSNR'], folder.name, strip)
     for part in gather(sheet.strips)[1:]:
@@ -312,7 +323,7 @@ def consistency(args, rank, world, device):
     scores = dict(sorted(pair for part in gather(scores) for pair in part.items()))
     if rank == 0:
         mean = {name: {m: float(np.mean([r[name][m] for r in scores.values()])) for m in compare}
-                for name in ('planes', 'surface', 'sharpened')}
+                for name in next(iter(scores.values()))}
         for avatar, row in {**scores, 'mean': mean}.items():
             for name, values in row.items():
                 print(f'{avatar:28s}{name:12s}' + ''.join(f'  {m} {v:.3f}' for m, v in values.items()))
@@ -324,7 +335,7 @@ def unconditional(args, rank, world, device):
     cameras of one of these avatars in turn. The picture shows samples, each with its three nearest training avatars, refitted."""
     models, fitted_decoder = load(args, device)
     features_of = metrics.extractors(copy.deepcopy(models['vae']).cpu(), args.inception, args.clip)
-    folders, features = rh.list_avatars(args.data), {'sample': [], 'truth': []}
+    folders, features = rh.list_avatars(args.data), {'sample': []}
     baselines, front, samples = Baselines(args, device), cameras([(0, 2)], models['vae'].config.portrait // 2), []
     len(baselines.folders) > 1 or rh.stop(f'--unconditional: {args.fits} needs planes of two avatars of {args.train or args.data}')
     for i in tqdm(range(rank, args.unconditional, world), disable=rank > 0, desc='unconditional'):
@@ -332,8 +343,8 @@ def unconditional(args, rank, world, device):
         samples.append((i, photograph(planes, models['decoder'], front, device)[0][0]))
         folder = folders[i % len(folders)]
         views, truth = held_out(folder, rh.read_box(folder), args)
-        for row, images in ('sample', photograph(planes, models['decoder'], views, device)[0]), ('truth', truth):
-            features[row] += [{n: f(x) for n, f in features_of.items()} for x in images]
+        for pair in zip(photograph(planes, models['decoder'], views, device)[0], truth):
+            features['sample'].append([{n: f(x) for n, f in features_of.items()} for x in pair])
     images = [image for _, image in sorted((pair for part in gather(samples) for pair in part), key=lambda pair: pair[0])]
     features = pooled(features)
     if rank == 0:
@@ -345,7 +356,7 @@ def unconditional(args, rank, world, device):
             'samples': len(images), 'sample_to_sample': dB([min(float(F.mse_loss(a, b)) for b in small if b is not a) for a in small]),
             'sample_to_training': dB([n[0][0] for n in near]),
             'training_to_training': dB([baselines.neighbours(t, f.name)[0][0] for t, f in zip(baselines.thumbnails, baselines.folders)]),
-            'views': len(features['sample']), **frechet(features, 'sample', features_of)}
+            'views': len(features['sample']), **frechet(features['sample'], features_of)}
         pairs = sorted(zip(images, near), key=lambda pair: pair[1][0][0])
         for image, neighbours in pairs[:4] + pairs[max(len(pairs) - 4, 4):]:            # what the sheet keeps
             others = [photograph(baselines.planes[i](), fitted_decoder, front, device)[0][0] for _, i in neighbours]
@@ -358,9 +369,13 @@ def main(args):
     counts = (args.views, args.downscale, args.count, args.consistency, args.unconditional and args.unconditional - 1, *(args.steps or ()))
     if min(1 if c is None else c for c in counts) < 1 or args.refine < 0:
         rh.stop('--views, --downscale, --count, --consistency and --steps must be at least 1, --unconditional 2, --refine 0')
+    mode, useless = (('consistency', ('train', 'count', 'no_truth', 'guidance', 'steps', 'disturb', 'inception', 'clip', 'judge'))
+                     if args.consistency else
+                     ('unconditional', ('count', 'no_truth', 'guidance', 'steps', 'refine', 'disturb', 'images', 'judge'))
+                     if args.unconditional else ('', ()))
+    if given := [name for name in useless if getattr(args, name) != getattr(parse([]), name)]:
+        rh.stop(f'--{mode} has no use for --{given[0].replace("_", "-")}; leave out one of them')
     args.images = [item.partition('=')[::2] for item in args.images]
-    if args.images and (args.consistency or args.unconditional):
-        rh.stop('--images: renders of others have no place in --consistency and --unconditional; leave out one of them')
     if args.disturb and not args.disturb.is_dir():
         rh.stop(f'--disturb {args.disturb}: no such folder; give one with photographs, or an empty one for flat colours alone')
     (consistency if args.consistency else unconditional if args.unconditional else evaluate)(args, rank, world, device)
@@ -381,7 +396,7 @@ def parse(argv=None):
     p.add_argument('--steps', type=int, nargs='+', help='sampling steps of each model (default: its own)')
     p.add_argument('--refine', type=int, default=40, metavar='STEPS', help='of fitting to the portrait (see refine.py); 0: none')
     p.add_argument('--disturb', type=Path, metavar='FOLDER', help='also portraits shifted, scaled, on other backgrounds')
-    p.add_argument('--images', nargs='+', default=[], metavar='NAME=FOLDER', help='also renders of others, FOLDER/<avatar>/<view>.png')
+    p.add_argument('--images', nargs='+', default=[], metavar='NAME=FOLDER', help='also renders of others (see above)')
     p.add_argument('--inception', metavar='FILE', help='FID: weights of torch-fidelity\'s Inception, or `download`')
     p.add_argument('--clip', metavar='FILE', help='FID of CLIP ViT-B/32 features: its weights, or `download`')
     p.add_argument('--judge', nargs='+', default=[], metavar='NAME=FILE', help='TorchScript; csim... by cosine, others by difference')

@@ -24,7 +24,6 @@ import rodinhd as rh
 SETTINGS = ('resolution', 'base_resolution', 'grid', 'steps', 'fit_steps', 'rays', 'lr_planes', 'weight_tv', 'weight_l2',
             'weight_empty', 'rescale')                                          # that an avatar's planes depend on
 
-
 def load(folder, args):
     """Training views, held-out views (or None) and box of an avatar."""
     box = rh.read_box(folder)
@@ -89,7 +88,7 @@ def finished(path, decoder, settings):
     saved = rh.read_checkpoint(path, 'planes') if path.exists() else {}
     if saved.get('decoder') != fingerprint(decoder):
         return None
-    if differing := [k for k in settings if settings[k] != saved['settings'].get(k)]:
+    if differing := [k for k in settings if settings[k] != saved['settings'].get(k, False)]:
         rh.stop(f'{path}: was fitted with other settings ({", ".join(differing)}); delete it, or give another folder with --fits')
     return saved
 
@@ -111,9 +110,8 @@ def fit_decoder(args, config, rank, world, device):
     count = min(config.fit_avatars, len(folders))
     folders = [folders[i * len(folders) // count] for i in range(count)]        # spread, so that neighbours in name do not crowd it
     outer, inner = (config.outer, config.inner) if count > 1 else (1, config.outer * config.inner)     # one avatar cannot be forgotten
-    folder, config_dict = args.fits / 'decoder-state', {
-        **vars(config), 'seed': args.seed, 'downscale': args.downscale, 'seconds': args.seconds, 'init': str(args.init), 'ranks': world,
-        'avatars': [path.name for path in folders]}
+    folder, config_dict = args.fits / 'decoder-state', {**vars(config), 'seed': args.seed, 'downscale': args.downscale, 'ranks': world,
+                          'seconds': args.seconds, 'init': str(args.init), 'avatars': [path.name for path in folders]}
     if (args.fits / 'decoder.pt').exists() and not folder.exists() and rh.load_model('decoder', args.fits, device).config == config:
         return print(f'{args.fits}/decoder.pt is trained with these settings already; delete it to train again')
     decoder = load_decoder(args.init, config, device).requires_grad_(True) if args.init else rh.Decoder(config).to(device)
@@ -128,28 +126,28 @@ def fit_decoder(args, config, rank, world, device):
         begin, history = state['done'], state['history']
     for p in decoder.parameters():                                              # all ranks start from rank 0's weights
         dist.broadcast(p.data, 0)
-
     bar = tqdm(total=outer * rounds, initial=begin, disable=rank > 0, desc='decoder')
     for n in range(begin, outer * rounds):
         e, place = n // rounds, n % rounds * world + rank
-        optimizer.param_groups[0]['lr'] = config.lr_decoder * 0.1 ** (e / outer)
+        def before_step(done, n=n, active=place < count):
+            optimizer.param_groups[0]['lr'] = config.lr_decoder * 0.1 ** ((n + done) / (outer * rounds))
+            average_gradients(decoder.parameters(), active)
         if place < count:
             terms, name = {}, folders[place].name
             path = folder / str(e % 2) / f'{name}.pt'                           # two sets in turn: a repeated round finds what it read
-            views, _, _ = load(folders[place], args)
             saved = rh.read_checkpoint(folder / str((e - 1) % 2) / path.name, 'visit') if e else None
             first = decoder.start if args.init else new_planes(decoder, torch.Generator().manual_seed(args.seed + place))
             memory = saved and config.weight_iwc and {k: {m: v.to(device) for m, v in d.items()} for k, d in saved['memory'].items()}
             planes, grid, memory = rh.fit_avatar(
-                views, saved['planes'] if saved else first, decoder, config, span=(e / outer, (e + 1) / outer), memory=memory or None,
-                steps=None if args.seconds else inner, seconds=args.seconds and args.seconds / outer, seed=args.seed + n,
-                decoder_optimizer=optimizer, sync=lambda: average_gradients(decoder.parameters()), report=lambda done, t, terms=terms,
-                name=name: terms.update(t) or bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
+                load(folders[place], args)[0], saved['planes'] if saved else first, decoder, config, span=(e / outer, (e + 1) / outer),
+                memory=memory or None, steps=None if args.seconds else inner, seconds=args.seconds and args.seconds / outer,
+                seed=args.seed + n, decoder_optimizer=optimizer, sync=before_step, report=lambda done, t, terms=terms, name=name:
+                terms.update(t) or bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
             rh.write_checkpoint(path, 'visit', {'planes': planes.cpu(), 'memory': memory, 'grid': grid.values.cpu()})
         else:                                                                   # more ranks than avatars: keep step with the others
             finite = rh.Finite('decoder')
-            for _ in range(inner):
-                average_gradients(decoder.parameters(), active=False)
+            for i in range(inner):
+                before_step(i / inner)
                 if finite(*(p.grad for p in decoder.parameters())):
                     optimizer.step()
             optimizer.zero_grad()
@@ -190,14 +188,14 @@ def watch(path, folder, decoder, config, args):
     """PSNR of the first avatar's planes, as they stand, under the decoder of this moment: the forgetting curve (Fig. 2)."""
     saved, box = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit'), rh.read_box(path)
     views = rh.load_views(path, 'test', box, args.downscale, 2) or rh.load_views(path, 'train', box, args.downscale, 2)
-    scores = visit_psnr(saved, views, decoder, config)
-    return sum(scores) / len(scores)
+    return sum(scores := visit_psnr(saved, views, decoder, config)) / len(scores)
 
 def fit_planes(args, config, rank, world, device):
     """Second stage: the decoder is frozen, avatars are independent, each rank takes every world-th; finished ones are skipped."""
     decoder = load_decoder(args.fits, config, device)
     scores, folders = {}, rh.list_avatars(args.data)[:args.count]
-    settings = {**{k: getattr(config, k) for k in SETTINGS}, 'seed': args.seed, 'downscale': args.downscale, 'seconds': args.seconds}
+    start = new_planes(decoder, torch.Generator().manual_seed(args.seed)) if args.fresh else decoder.start
+    settings = {**{k: getattr(config, k) for k in SETTINGS}, **{k: getattr(args, k) for k in ('seed', 'downscale', 'seconds', 'fresh')}}
     bar = tqdm(folders[rank::world], disable=rank > 0, desc='avatars')
     for folder in bar:
         path = args.fits / f'{folder.name}.pt'
@@ -210,7 +208,7 @@ def fit_planes(args, config, rank, world, device):
                 continue
             views, held_out, box = load(folder, args)
             planes, grid, _ = rh.fit_avatar(
-                views, decoder.start, decoder, config, seed=args.seed,
+                views, start, decoder, config, seed=args.seed,
                 steps=None if args.seconds else config.fit_steps, seconds=args.seconds,
                 report=lambda done, t, name=folder.name: bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
             scores[folder.name] = held_out_psnr(rh.PlaneField(planes, decoder), held_out, config, grid) if held_out else []
@@ -240,6 +238,7 @@ def parse(argv=None):
     p.add_argument('--seconds', type=float, help='time to fit an avatar, instead of a number of steps')
     p.add_argument('--downscale', type=int, default=1, help='average images down by this factor')
     p.add_argument('--held-out', type=int, default=10, help='at most this many held-out views are measured')
+    p.add_argument('--fresh', action='store_true', help='planes begin with noise, not with the mean of those that trained the decoder')
     p.add_argument('--watch', action='store_true', help='with --decoder: log the PSNR of the first avatar after each visit')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--device', help='cuda where there is one, else cpu')

@@ -91,13 +91,15 @@ def read_judges(items):
     return judges
 
 def judge(judges, ours, truth):
-    """csim: cosine similarity to the truth, and -cross between neighbouring views of our own; others: mean absolute difference."""
+    """csim: cosine similarity to the truth, and -cross between neighbouring views of our own, if there are two; others: mean absolute
+    difference. Means over all views."""
     scores = {}
     for name, vector in judges.items():
         a, b = (torch.stack([vector(x) for x in images]) for images in (ours, truth))
         if name.startswith('csim'):
             scores[name] = float(F.cosine_similarity(a, b).mean())
-            scores[f'{name}-cross'] = float(F.cosine_similarity(a, a.roll(1, 0)).mean())
+            if len(a) > 1:
+                scores[f'{name}-cross'] = float(F.cosine_similarity(a, a.roll(1, 0)).mean())
         else:
             scores[name] = float((a - b).abs().mean())
     return scores

@@ -71,7 +71,7 @@ class Config:
     base_attention: tuple = (32, 16, 8)  # at these plane heights, to the portrait maps y1, y2, y3 in this order
     base_aware: tuple = (128,)          # plane heights with 3D-aware convolution
     roll_out: int = 1                   # 0: the base network sees the planes as channels, and has no 3D-aware convolution
-    tokens: str = 'multi'               # what the base network attends to: multi (y1, y2, y3), single (y3), none (pooled latent alone)
+    tokens: str = 'multi'               # the base network attends to: multi (y1, y2, y3), single (y3), none (nor does the other, to y1)
     positions: int = 0                  # 1: tokens and the texels that attend carry a fixed encoding of where they are
     aligned: int = 0                    # 1: the upsample network also sees the portrait laid onto the xz plane (shortcuts.py)
     components: int = 0                 # above 0: networks that predict x_start add what training planes have in common (shortcuts.py)
@@ -644,10 +644,10 @@ def fisher_information(decoder, losses):
     return {n: f / max(len(batches), 1) for n, f in zip(names, fisher, strict=True)}
 
 def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, seconds=None,
-               decoder_optimizer=None, memory=None, sync=lambda: None, seed=0, report=None):
+               decoder_optimizer=None, memory=None, sync=lambda done: None, seed=0, report=None):
     """One visit to an avatar: fits planes (3, C, r, r), and the decoder where `decoder_optimizer` is given -> planes (3, C, R, R) in [-1,
     1], grid, new memory (None without decoder_optimizer). span: the visit's part of the whole fit (size of the planes and learning rate
-    follow); `steps` steps, or about `seconds`. memory: IWC state of the last visit. sync: averages the decoder's gradients over ranks."""
+    follow); `steps` steps, or about `seconds`. memory: IWC state of the last visit. sync(share done): before each step of the decoder."""
     device, generator = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
     reach = 2 * math.sqrt(3) / config.grid * float(views.intrinsics[:, 0].max() / views.c2w[:, :3, 3].norm(dim=-1).min().clamp(min=0.5))
     rays = Rays(views, device, margin=6 + int(reach), edges=0.5 if decoder_optimizer is None else 0.0)     # pixels that may see the hull
@@ -688,7 +688,7 @@ def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, s
             optimizer.step()
             table.data.clamp_(-1, 1)
         if decoder_optimizer is not None:
-            sync()
+            sync(done)
             if finite_decoder(*(p.grad for p in decoder.parameters() if p.grad is not None)):                 # the same on all ranks
                 decoder_optimizer.step()
             decoder_optimizer.zero_grad()
@@ -1038,9 +1038,9 @@ class UpsampleUNet(UNet):
     parameters at `paper`; the released code, which attends to the latent's 4 patches instead of y1's 64 tokens, has 320,557,728."""
     def __init__(self, config):
         width, planes, lowest = config.up_width, config.channels, config.resolution // 2 ** (len(config.up_mult) - 1)
-        self.second = AwareConv if config.up_aware else conv
-        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution, {lowest: 0}, width + planes,
-                         0 if config.components else None)
+        self.second = AwareConv if config.up_aware else lambda a, b: zero(conv(a, b))           # both start at zero
+        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution,
+                         {} if config.tokens == 'none' else {lowest: 0}, width + planes, 0 if config.components else None)
         self.front = zero(conv(config.vae_latent + config.vae_widths[0], width)) if config.aligned else None
         self.conv_in, self.head = conv(planes, width), nn.ModuleList(self.step(width, width))
         self.tail = nn.ModuleList(self.step(width * config.up_mult[0] + width + planes, width) + self.step(width, planes))
@@ -1051,7 +1051,7 @@ class UpsampleUNet(UNet):
 
     def step(self, c_in, c_out, height=None, middle=False):
         res, c = ResnetBlock(c_in, c_out, self.emb, second=self.second), self.config
-        return [res, Attention(c_out, c.up_head_width, c.token_width, False, 0, c.positions)] if middle else [res]
+        return [res, Attention(c_out, c.up_head_width, c.token_width, False, 0, c.positions)] if middle and self.maps else [res]
 
     def resample(self, c, up):
         return resized(c, up, mode='bilinear', align_corners=True)

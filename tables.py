@@ -26,6 +26,7 @@ import rodinhd as rh
 
 HERE = Path(__file__).parent
 NO_REPLAY = ['outer=1', 'inner={total}', 'weight_iwc=0']
+PLAIN = ['tokens=none', 'up_aware=0']                # an upsample network with neither
 GENERATED = ('PSNR', 'SSIM', 'VAE', 'FD-VAE')
 TABLES = {                              # title, columns, {row: (settings of each command, the paper's figures)}
     '4a': ('Fitting (RodinHD, Table 4a): planes under the frozen decoder, avatars that it was not trained on', ('PSNR',), {
@@ -35,22 +36,24 @@ TABLES = {                              # title, columns, {row: (settings of eac
         'D + weight decay': ({'fit': ['weight_iwc=0', 'weight_decay=1e-4']}, {'PSNR': 31.00}),
         'E + consolidation in its place': ({'fit': []}, {'PSNR': 31.45}),
         'F as D, a hundredth of the decay': ({'fit': ['weight_iwc=0', 'weight_decay=1e-6']}, {}),
-        'G as E, a hundred times the weight': ({'fit': ['weight_iwc=3e5']}, {})}),
+        'G as E, a hundred times the weight': ({'fit': ['weight_iwc={hundredfold}']}, {})}),
     '6': ('Resolution and channels (RodinHD, Table 6): one avatar with a decoder of its own', ('PSNR',), {
         f'{size} x {channels}': ({'scene': [f'resolution={{{size}}}', f'channels={channels}']}, {'PSNR': paper})
         for size, row in (('quarter', (30.15, 30.71, 31.21)), ('half', (30.24, 31.01, 31.44)), ('full', (30.38, 31.31, 31.60)))
         for channels, paper in zip((4, 8, 16), row)}),
     '4b': ('Generation (RodinHD, Table 4b)', GENERATED, {
-        'B linear schedules, global token': ({'base': ['tokens=none', 'base_schedule=linear'], 'upsample': ['up_schedule=linear']},
-                                             {'SSIM': 0.740, 'LPIPS': 0.324, 'FID': 35.84}),
-        'C + stronger schedules': ({'base': ['tokens=none'], 'upsample': []}, {'SSIM': 0.745, 'LPIPS': 0.318, 'FID': 27.74}),
+        'B linear schedules, global token': (
+            {'base': ['tokens=none', 'base_schedule=linear'], 'upsample': ['tokens=none', 'up_schedule=linear']},
+            {'SSIM': 0.740, 'LPIPS': 0.324, 'FID': 35.84}),
+        'C + stronger schedules': ({'base': ['tokens=none'], 'upsample': ['tokens=none']}, {'SSIM': 0.745, 'LPIPS': 0.318, 'FID': 27.74}),
         'D + single-scale tokens': ({'base': ['tokens=single'], 'upsample': []}, {'SSIM': 0.763, 'LPIPS': 0.301, 'FID': 27.13}),
         'E + multi-scale tokens': ({'base': [], 'upsample': []}, {'SSIM': 0.765, 'LPIPS': 0.299, 'FID': 26.49})}),
     'rodin2': ('Base model (Rodin, Table 2)', GENERATED, {
-        'A planes as channels, no portrait': ({'base': ['tokens=none', 'roll_out=0', 'condition_drop=1'], 'upsample': []}, {'FID': 39.2}),
-        'B + latent conditioning': ({'base': ['tokens=none', 'roll_out=0'], 'upsample': []}, {'FID': 37.4}),
-        'C + roll-out': ({'base': ['tokens=none', 'base_aware=0'], 'upsample': []}, {'FID': 28.4}),
-        'D + 3D-aware convolution': ({'base': ['tokens=none'], 'upsample': []}, {'FID': 26.1})}),
+        'A planes as channels, no portrait': (
+            {'base': ['tokens=none', 'roll_out=0', 'condition_drop=1'], 'upsample': PLAIN}, {'FID': 39.2}),
+        'B + latent conditioning': ({'base': ['tokens=none', 'roll_out=0'], 'upsample': PLAIN}, {'FID': 37.4}),
+        'C + roll-out': ({'base': ['tokens=none', 'base_aware=0'], 'upsample': PLAIN}, {'FID': 28.4}),
+        'D + 3D-aware convolution': ({'base': ['tokens=none'], 'upsample': ['tokens=none']}, {'FID': 26.1})}),
     'rodin3': ('Upsample model (Rodin, Table 3)', GENERATED, {
         'A loss on the planes': ({'base': [], 'upsample': ['patches=0', 'up_degrade=0']}, {'FID': 48.5}),
         'B + loss on images': ({'base': [], 'upsample': ['up_degrade=0']}, {'FID': 38.6}),
@@ -71,15 +74,16 @@ def call(args, script, *options):
 def settings_of(settings, args):
     """Options of a row: the preset, --set, and what the row changes, in sizes of the preset."""
     config = rh.make_config(args.preset, args.set)
-    sizes = dict(quarter=config.resolution // 4, half=config.resolution // 2, full=config.resolution, total=config.inner * config.outer)
+    sizes = dict(quarter=config.resolution // 4, half=config.resolution // 2, full=config.resolution, total=config.inner * config.outer,
+                 hundredfold=100 * config.weight_iwc)
     changed = [*args.set, *(s.format(**sizes) for s in settings)]
     return ['--preset', args.preset, *(['--set', *changed] if changed else [])]
 
 
 def fitted(args, settings, seed):
     """A decoder from --data, then planes of --test under it -> figures of the row, and the commits that made them."""
-    commit = commit_of(folder := folder_of(args, 'fit', settings, seed))
-    for data in (['--decoder', '--data', args.data], ['--data', args.test]):
+    commit = commit_of(folder := folder_of(args, 'fit', settings, f'seed{seed}'))
+    for data in (['--decoder', '--data', args.data], ['--fresh', '--data', args.test]):        # no row begins with another's mean planes
         call(args, 'fit.py', *data, '--fits', folder, '--seed', seed, '--downscale', args.downscale, *settings_of(settings, args))
     scores = json.loads((folder / 'fit.json').read_text())['psnr']
     return {'PSNR': statistics.mean(scores.values())}, [commit]
@@ -87,15 +91,16 @@ def fitted(args, settings, seed):
 
 def scene(args, settings, seed):
     """Avatar number `seed` of --test with a decoder of its own."""
-    avatars, commit = rh.list_avatars(args.test), commit_of(folder := folder_of(args, 'scene', settings, seed))
+    avatars = rh.list_avatars(args.test)
     avatar = avatars[seed * len(avatars) // args.seeds]
+    commit = commit_of(folder := folder_of(args, 'scene', settings, avatar.name))
     call(args, 'fit.py', '--decoder', '--data', avatar, '--fits', folder, '--downscale', args.downscale, *settings_of(settings, args))
     return {'PSNR': json.loads((folder / 'decoder.json').read_text())['psnr'][avatar.name]}, [commit]
 
 
 def trained(args, stage, settings, seed):
     """A model of train.py, from --fits and runs/vae.pt -> its file, and the commit that made it."""
-    commit = commit_of(runs := folder_of(args, stage, settings, seed))
+    commit = commit_of(runs := folder_of(args, stage, settings, f'seed{seed}'))
     link(runs / 'vae.pt', args.runs / 'vae.pt')
     call(args, 'train.py', '--stage', stage, '--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed,
          *(['--bf16'] if args.bf16 else []), *settings_of(['components=0', 'aligned=0', *settings], args))     # the papers' networks
@@ -131,9 +136,9 @@ def commit_of(folder):
     return note.read_text()
 
 
-def folder_of(args, stage, settings, seed):
+def folder_of(args, stage, settings, last):
     """Where a trained stage lies: named by what is special about it, so that rows which share it find it."""
-    return args.work / re.sub(r'[^\w.=-]', '', '_'.join([stage, *settings, f'seed{seed}']))
+    return args.work / re.sub(r'[^\w.=-]', '', '_'.join([stage, *settings, last]))
 
 
 def run(args):
@@ -180,8 +185,9 @@ def as_markdown(table):
     lines = [f'**{table["title"]}**', '', f'| | {head} |', '|' + '---|' * (1 + len(theirs) + len(ours))]
     lines += [f'| {name} | ' + ' | '.join([str(row['paper'].get(c, '')) for c in theirs] + [cell(row['ours'][c]) for c in ours]) + ' |'
               for name, row in table['rows'].items()]
-    seeds = max(len(row['ours'][ours[0]]) for row in rows)
-    return '\n'.join([*lines, '', f'`{table["command"]}`, {seeds} seed(s), {table["hardware"]}, commit {table["commit"]}.'])
+    seeds = [len(row['ours'][ours[0]]) for row in rows]
+    note = f'{max(seeds)} seed(s)' + (', one where there is no ±' if 1 in seeds and max(seeds) > 1 else '')
+    return '\n'.join([*lines, '', f'`{table["command"]}`, {note}, {table["hardware"]}, commit {table["commit"]}.'])
 
 
 def readme(args):
@@ -205,7 +211,7 @@ def parse(argv=None):
     r.add_argument('--test', type=Path, default=Path('test'), help='avatars to measure')
     r.add_argument('--fits', type=Path, default=Path('fits'), help='4b, rodin2, rodin3: planes and decoder')
     r.add_argument('--runs', type=Path, default=Path('runs'), help='4b, rodin2, rodin3: where vae.pt is')
-    r.add_argument('--work', type=Path, default=Path('tables'), help='what is trained goes here')
+    r.add_argument('--work', type=Path, default=Path('tables'), help='for what is trained; another one for other --data, --set ...')
     r.add_argument('--seeds', type=int, default=1)
     r.add_argument('--once', nargs='*', default=[], metavar='ROW', help='letters of rows that get one seed')
     r.add_argument('--jobs', type=int, default=1, help='commands side by side')

@@ -59,7 +59,8 @@ def perceptual(config, vae, device):
 @torch.autocast('cuda', enabled=False)
 def image_loss(x_start, patches, config, decoder, distance):
     """Image-level supervision (Eq. 6): patches (of batches.random_patch) rendered from predicted planes x_start (one (3, C, R, R) each) ->
-    {'pixel', 'perceptual'}, sums over the patches, 0 for none, over config.patches."""
+    {'pixel', 'perceptual'}, sums over the patches, 0 for none, over how many the whole batch has."""
+    count = min(config.patches, config.up_batch)
     terms = {'pixel': torch.zeros((), device=x_start.device), 'perceptual': torch.zeros((), device=x_start.device)}
     for planes, patch in zip(x_start, patches):
         patch = {k: v.to(x_start.device) for k, v in patch.items()}
@@ -68,8 +69,8 @@ def image_loss(x_start, patches, config, decoder, distance):
             grid = rh.grid_for(field, config, x_start.device, config.patch_grid_updates)
         rgb, _, _ = rh.render(field, patch['rays_o'].reshape(-1, 3), patch['rays_d'].reshape(-1, 3), config.steps, grid)
         ours, truth = (x[None] * 2 - 1 for x in (rgb.T.reshape(patch['rgb'].shape), patch['rgb']))
-        terms['pixel'] = terms['pixel'] + F.mse_loss(ours, truth) / 4 / config.patches
-        terms['perceptual'] = terms['perceptual'] + 0.5 * distance(ours, truth) / config.patches
+        terms['pixel'] = terms['pixel'] + F.mse_loss(ours, truth) / 4 / count
+        terms['perceptual'] = terms['perceptual'] + 0.5 * distance(ours, truth) / count
     return terms
 
 def prepare_vae(args, config, device, world):

@@ -74,13 +74,13 @@ def test_networks_of_others_are_asked_for_by_name(tiny):
 
 def test_rows_that_only_some_ranks_have_are_pooled(monkeypatch):
     """One rank has no avatar, another one no fitted planes; one view has no covariance."""
-    ranks = [{'truth': []}, {'truth': [1.0, 2.0], 'generated': [3.0, 4.0]}, {'truth': [5.0], 'fitted': [6.0]}]
-    monkeypatch.setattr(evaluate, 'gather', lambda _: [{row: [{'f': torch.tensor([v, v * v])} for v in vs] for row, vs in part.items()}
-                                                       for part in ranks])
+    ranks = [{}, {'generated': [(3.0, 1.0), (4.0, 2.0)]}, {'generated': [(5.0, 3.0)], 'fitted': [(6.0, 5.0)]}]
+    monkeypatch.setattr(evaluate, 'gather', lambda _: [{row: [[{'f': torch.tensor([v, v * v])} for v in pair] for pair in pairs]
+                                                        for row, pairs in part.items()} for part in ranks])
     rows = evaluate.pooled(None)
-    assert {row: [float(v['f'][0]) for v in views] for row, views in rows.items()} == {
-        'truth': [1, 2, 5], 'generated': [3, 4], 'fitted': [6]}
-    assert evaluate.frechet(rows, 'generated', ['f'])['f'] > 0 and evaluate.frechet(rows, 'fitted', ['f']) == {}
+    assert {row: [tuple(float(v['f'][0]) for v in pair) for pair in pairs] for row, pairs in rows.items()} == {
+        'generated': [(3, 1), (4, 2), (5, 3)], 'fitted': [(6, 5)]}
+    assert evaluate.frechet(rows['generated'], ['f'])['f'] > 4 and evaluate.frechet(rows['fitted'], ['f']) == {}
 
 
 def test_judges(tmp_path):
@@ -93,6 +93,7 @@ def test_judges(tmp_path):
     red[:, 0], green[:, 1] = 1, 1
     scores = metrics.judge(judges, red, green)
     assert scores == pytest.approx({'csim': 0, 'csim-cross': 1, 'pose': 2 / 3})
+    assert set(metrics.judge(judges, red[:1], green[:1])) == {'csim', 'pose'}           # one view has no other
 
 
 def test_a_surface_is_where_its_distance_is_zero():

@@ -209,6 +209,23 @@ def test_a_network_that_was_never_shown_a_portrait_sees_none(tiny):
         assert torch.equal(a, b) == same
 
 
+def test_what_ablations_switch_off_is_not_there(tiny):
+    """No layer of it is left, networks take and give planes as before, and the upsample network starts from the enlarged planes."""
+    def count(net, kind):
+        return sum(isinstance(layer, kind) for layer in net.modules())
+    portrait, t = portrait_of(tiny, 1), torch.tensor([500.0])
+    nets = {s: [build(rh.make_config('tiny', ['components=0', 'aligned=0', s])) for build in (rh.BaseUNet, rh.UpsampleUNet)]
+            for s in ('roll_out=1', 'roll_out=0', 'base_aware=0', 'up_aware=0', 'tokens=single', 'tokens=none')}
+    for name, (base, up) in nets.items():
+        assert base(torch.randn(1, 3, 8, 8, 8), t, portrait).shape == (1, 3, 16, 8, 8)
+        assert torch.allclose(up(torch.randn(1, 3, 8, 32, 32), t, portrait), rh.roll_in(up.condition(portrait).lr), atol=1e-5)
+        assert (count(base, rh.AwareConv) == 0) == (name in ('roll_out=0', 'base_aware=0'))
+        assert (count(up, rh.AwareConv) == 0) == (name == 'up_aware=0')
+        seen = {layer.map for layer in base.modules() if isinstance(layer, rh.Attention)} - {None}
+        assert seen == {'tokens=single': {2}, 'tokens=none': set()}.get(name, {0, 1, 2})
+        assert (count(up, rh.Attention) == 0) == (name == 'tokens=none') and count(base, rh.Attention) > 0
+
+
 def test_the_prior_learns_planes_of_few_components(tiny):
     """Planes that are a mean and two patterns come back from their weights; a third component stays empty."""
     mean, patterns = torch.randn(3, 8, 8, 8) * 0.2, torch.randn(2, 3, 8, 8, 8) * 0.1

@@ -47,7 +47,9 @@ def walk(tmp_path_factory, data):
             '--size', 32, '--bf16', '--name', 'me', '--refine', 3)
         run(evaluate, '--views', 2, '--disturb', 'data', '--guidance', 1, 2, '--refine', 3)
         run(evaluate, '--count', 1, '--views', 1, '--refine', 0, '--name', 'one')
-        run(evaluate, '--consistency', 1, '--refine', 3)
+        run(evaluate, '--consistency', 1, '--refine', 3, '--images', 'other=data')
+        with pytest.raises(SystemExit, match='--unconditional has no use for --no-truth'):
+            run(evaluate, '--unconditional', 2, '--no-truth')
         run(evaluate, '--unconditional', 2)
         run(figures, 'forgetting')
     return folder
@@ -79,6 +81,7 @@ def test_the_whole_walk(walk):
         f'{name}{suffix}' for name in ('evaluate', 'one', 'consistency', 'unconditional') for suffix in ('.json', '.png')}
     agree = json.loads((walk / 'results/consistency.json').read_text())
     assert agree['avatars'].keys() == {'avatar_0000'} and {'PSNR', 'SSIM'} <= agree['mean']['surface'].keys()
+    assert agree['mean'].keys() == {'planes', 'surface', 'sharpened', 'other'}
     assert (walk / 'assets/forgetting.png').exists()
     nobody = json.loads((walk / 'results/unconditional.json').read_text())
     assert nobody['samples'] == 2 and nobody['views'] == 2 * 4 and nobody['FD-VAE'] > 0
@@ -289,7 +292,7 @@ def test_tables(walk, monkeypatch, capsys):
         assert len(content['rows']) == rows and tables.as_markdown(content) in capsys.readouterr().out
     with pytest.raises(SystemExit, match='nothing'):                    # a command that fails ends the table, and what waits is dropped
         tables.run(tables.parse(['run', '4b', *small, '--work', 'other', '--fits', 'nothing', '--out', 'shown']))
-    assert len(list((walk / 'tables').glob('upsample_*'))) == 3         # 4b: with the linear schedule, and two seeds that rows share
+    assert len(list((walk / 'tables').glob('upsample_*'))) == 4         # 4b: B's, C's, and two seeds of what D and E share
     models = [rh.load_model('base', walk / 'tables' / f'base_{s}seed0', 'cpu') for s in ('tokens=none_base_schedule=linear_', '')]
     assert [(m.config.tokens, m.config.base_schedule) for m in models] == [('none', 'linear'), ('multi', 'cosine')]
 
