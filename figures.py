@@ -124,13 +124,20 @@ def schedules(args):
     save(args, figure)
 
 def epipolar(args):
-    """The middle row of the image, stacked while the camera turns from -40 to 40 degrees: what is solid draws smooth lines."""
+    """A line of the image through the face (45 % from above), stacked while the camera turns from -40 to 40 degrees: what is solid draws
+    smooth lines. A row of three views and the stack; one more for each of --frames, whose images, by name, are such a turn."""
     models = rh.load_models(args.runs, args.fits[0], args.device)
     planes, _ = rh.generate(models, portrait(args, models), seed=args.seed)
-    views = [view(planes[0], models['decoder'], args, azimuth) for azimuth in torch.linspace(-40, 40, args.size // 2).tolist()]
-    lines = torch.stack([v[int(0.45 * args.size)] for v in views])                                  # (views, size, 3)
-    lines = F.interpolate(lines.permute(2, 0, 1)[None], size=(args.size, args.size))[0].permute(1, 2, 0)
-    save(args, [[views[0], views[len(views) // 2], views[-1], lines]])
+    turns = [[view(planes[0], models['decoder'], args, azimuth) for azimuth in torch.linspace(-40, 40, args.size // 2).tolist()]]
+    for folder in args.frames:
+        paths = sorted(p for p in folder.glob('*') if p.suffix.lower() in rh.IMAGE_SUFFIXES) or rh.stop(f'{folder}: holds no images')
+        turns.append([(rh.portrait_on_white(*rh.read_portrait(p, args.size)).permute(1, 2, 0) + 1) / 2 for p in paths])
+    rows = []
+    for views in turns:
+        lines = torch.stack([v[int(0.45 * args.size)] for v in views]).permute(2, 0, 1)[None]      # (1, 3, views, size)
+        stack = F.interpolate(lines, size=(args.size, args.size))[0].permute(1, 2, 0)
+        rows.append([views[0], views[len(views) // 2], views[-1], stack])
+    save(args, rows)
 
 def resolution(args):
     planes = [(next(iter(fitted(folder, 1).values())), rh.load_model('decoder', folder, args.device)) for folder in args.fits]
@@ -204,6 +211,7 @@ def parse(argv=None):
     p.add_argument('--fits', type=Path, nargs='+', default=[Path('fits')])
     p.add_argument('--runs', type=Path, default=Path('runs'))
     p.add_argument('--portrait', type=Path, nargs='+')
+    p.add_argument('--frames', type=Path, nargs='*', default=[], help='epipolar: folders of frames of other methods')
     p.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
     p.add_argument('--out', type=Path, default=Path('assets'))
     p.add_argument('--seed', type=int, default=0)

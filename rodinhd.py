@@ -35,7 +35,7 @@ import shortcuts
 
 # 1 Configuration ------------------------------------------------------------------------------------------------------
 # Every number of the method in one dataclass. The defaults are the paper's model (supplement A, Tables 5 and 6);
-# `small` is the model that ships, `tiny` is for tests. They differ from `paper` in numbers only. A checkpoint carries its Config.
+# `small` is the model that ships, `tiny` is for tests. They differ in these values alone. A checkpoint carries its Config.
 @dataclass
 class Config:
     preset: str = 'paper'
@@ -71,7 +71,7 @@ class Config:
     base_attention: tuple = (32, 16, 8)  # at these plane heights, to the portrait maps y1, y2, y3 in this order
     base_aware: tuple = (128,)          # plane heights with 3D-aware convolution
     roll_out: int = 1                   # 0: the base network sees the planes as channels, and has no 3D-aware convolution
-    tokens: str = 'multi'               # the base network attends to: multi (y1, y2, y3), single (y3), none (nor does the other, to y1)
+    tokens: str = 'multi'               # attended to: multi (base y1, y2, y3; upsample y1), single (base y3), none: pooled latent alone
     positions: int = 0                  # 1: tokens and the texels that attend carry a fixed encoding of where they are
     aligned: int = 0                    # 1: the upsample network also sees the portrait laid onto the xz plane (shortcuts.py)
     components: int = 0                 # above 0: networks that predict x_start add what training planes have in common (shortcuts.py)

@@ -151,11 +151,16 @@ def test_every_figure(tmp_path, tiny, data):
         rh.write_checkpoint(fits / f'{name}.pt', 'planes', {'planes': torch.randn(3, 8, 32, 32).half() * 0.1})
     (fits / 'decoder.jsonl').write_text(json.dumps({'first_avatar_psnr': 20.0}) + '\n' + json.dumps({'first_avatar_psnr': 21.0}) + '\n')
     face = str(rh.portrait_path(data / 'avatar_0000'))
+    (turn := tmp_path / 'turn').mkdir()
+    for i in range(4):                  # a line that moves to the right, a pixel a frame
+        Image.fromarray(np.where(np.arange(16)[:, None] == i, 0, 255).astype(np.uint8).repeat(16, 1).T).save(turn / f'{i}.png')
     for name in set(figures.FIGURES) - {'meshes'}:                      # that one is in test_mesh.py
         figures.main(figures.parse([name, '--fits', str(fits), '--runs', str(tmp_path / 'runs'), '--portrait', face, face,
-                                    '--size', '16', '--out', str(tmp_path / 'assets')]))
+                                    '--size', '16', '--out', str(tmp_path / 'assets'), '--frames', str(turn)]))
         with Image.open(tmp_path / 'assets' / f'{name}.png') as image:
             assert min(image.size) >= 16
+    slanted = np.asarray(Image.open(tmp_path / 'assets/epipolar.png').convert('L'))[16:, 48:]
+    assert [row.argmin() for row in slanted] == [i for i in range(4) for _ in range(4)]
     assert json.loads((tmp_path / 'assets/forgetting.json').read_text()) == {'fits': [20.0, 21.0]}
     with pytest.raises(SystemExit, match='epipolar needs --portrait'):
         figures.main(figures.parse(['epipolar', '--fits', str(fits), '--runs', str(tmp_path / 'runs')]))
