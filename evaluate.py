@@ -40,6 +40,8 @@ import metrics
 import refine
 import rodinhd as rh
 
+ROWS = 'fitted', 'generated', 'disturbed', 'sampled', 'nearest', 'mean'
+
 # Avatars and pictures -------------------------------------------------------------------------------------------------
 
 def load(args, device):
@@ -168,20 +170,26 @@ def read_renders(renders, folder, truth):
 
 def candidates_for(folder, shown, args, models, fitted_decoder, baselines, device):
     """{row of the table: (planes, decoder), or a folder of renders} of one avatar; shown: {row: (portrait, alpha)}."""
+    def wanted(name):
+        return not args.rows or name in args.rows
     config, candidates = models['base'].config, {name: Path(root) / folder.name for name, root in args.images}
-    if (args.fits / f'{folder.name}.pt').exists():
+    if wanted('fitted') and (args.fits / f'{folder.name}.pt').exists():
         candidates['fitted'] = read_planes(args.fits / f'{folder.name}.pt', device), fitted_decoder
     settings = list(itertools.product(args.guidance or [config.guidance], args.steps or [config.sample_steps]))
     for (name, (portrait, alpha)), (guidance, steps) in itertools.product(shown.items(), settings):
-        name = name if len(settings) == 1 else f'{name}, s={guidance:g}, {steps} steps'
         how = dict(guidance=guidance, steps=steps, seed=seed_of(folder, args))
+        if not wanted(name):
+            continue
+        name = name if len(settings) == 1 else f'{name}, s={guidance:g}, {steps} steps'
         candidates[name] = refine.avatars_of(models, portrait[None], args.refine, alpha[None], **how)[0], models['decoder']
-    if args.refine and len(settings) == 1:
+    if wanted('sampled') and args.refine and len(settings) == 1:
         candidates['sampled'] = rh.generate(models, shown['generated'][0][None], **how)[0][0], models['decoder']
     if neighbours := baselines.neighbours(thumbnail(folder), but=folder.name):
-        candidates['nearest'] = baselines.planes[neighbours[0][1]](), fitted_decoder
-        candidates['mean'] = baselines.mean, fitted_decoder
-    return candidates
+        if wanted('nearest'):
+            candidates['nearest'] = baselines.planes[neighbours[0][1]](), fitted_decoder
+        if wanted('mean'):
+            candidates['mean'] = baselines.mean, fitted_decoder
+    return candidates or rh.stop(f'{folder.name}: has none of the rows {" ".join(args.rows)} (planes are looked for in {args.fits})')
 
 def evaluate(args, rank, world, device):
     models, fitted_decoder = load(args, device)
@@ -213,7 +221,8 @@ def evaluate(args, rank, world, device):
             strip += [ours[0], ours[-1]]
             features.setdefault(name, []).extend(({n: f(x) for n, f in features_of.items()}, y) for x, y in zip(ours, true_features))
         sheet.legend = [*([] if args.no_truth else [*shown, 'truth', '']), *(w for n in results[folder.name] for w in (n, ''))]
-        score = next(r['PSNR'] for n, r in results[folder.name].items() if n.startswith('generated'))
+        scores = results[folder.name]   # the sheet is sorted by the first row of generated avatars, if any, else by the first
+        score = scores[next((n for n in scores if n.startswith('generated')), next(iter(scores)))]['PSNR']
         sheet.add(score, folder.name, strip)
     features = pooled(features)
     for part in gather(sheet.strips)[1:]:
@@ -369,9 +378,9 @@ def main(args):
     counts = (args.views, args.downscale, args.count, args.consistency, args.unconditional and args.unconditional - 1, *(args.steps or ()))
     if min(1 if c is None else c for c in counts) < 1 or args.refine < 0:
         rh.stop('--views, --downscale, --count, --consistency and --steps must be at least 1, --unconditional 2, --refine 0')
-    mode, useless = (('consistency', ('train', 'count', 'no_truth', 'guidance', 'steps', 'disturb', 'inception', 'clip', 'judge'))
+    mode, useless = (('consistency', ('train', 'count', 'no_truth', 'guidance', 'steps', 'disturb', 'inception', 'clip', 'judge', 'rows'))
                      if args.consistency else
-                     ('unconditional', ('count', 'no_truth', 'guidance', 'steps', 'refine', 'disturb', 'images', 'judge'))
+                     ('unconditional', ('count', 'no_truth', 'guidance', 'steps', 'refine', 'disturb', 'images', 'judge', 'rows'))
                      if args.unconditional else ('', ()))
     if given := [name for name in useless if getattr(args, name) != getattr(parse([]), name)]:
         rh.stop(f'--{mode} has no use for --{given[0].replace("_", "-")}; leave out one of them')
@@ -389,6 +398,7 @@ def parse(argv=None):
     p.add_argument('--out', type=Path, default=Path('results'))
     p.add_argument('--name', help='of the files written (default: what is measured)')
     p.add_argument('--count', type=int, help='only this many avatars, evenly spread')
+    p.add_argument('--rows', nargs='+', help='only these, of: ' + ' '.join(ROWS), choices=ROWS)
     p.add_argument('--views', type=int, default=6, help='held-out views of each')
     p.add_argument('--downscale', type=int, default=1, help='average the images of --data down by this factor')
     p.add_argument('--no-truth', action='store_true', help='a picture without the data set\'s own images')

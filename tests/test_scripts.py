@@ -46,7 +46,7 @@ def walk(tmp_path_factory, data):
         run(sample, '--portrait', 'data/avatar_0000/train/r_000.png', 'data/avatar_0001/train/r_000.png', '--count', 2, '--frames', 2,
             '--size', 32, '--bf16', '--name', 'me', '--refine', 3)
         run(evaluate, '--views', 2, '--disturb', 'data', '--guidance', 1, 2, '--refine', 3)
-        run(evaluate, '--count', 1, '--views', 1, '--refine', 0, '--name', 'one')
+        run(evaluate, '--count', 1, '--views', 1, '--rows', 'fitted', 'nearest', '--name', 'one')
         run(evaluate, '--consistency', 1, '--refine', 3, '--images', 'other=data')
         with pytest.raises(SystemExit, match='--unconditional has no use for --no-truth'):
             run(evaluate, '--unconditional', 2, '--no-truth')
@@ -75,7 +75,8 @@ def test_the_whole_walk(walk):
     generated = {f'{row}, s={s}, 10 steps' for row in ('generated', 'disturbed') for s in (1, 2)}
     assert table.keys() == {'fitted', *generated, 'nearest', 'mean'}
     assert {'PSNR', 'SSIM', 'VAE', 'front', 'FD-VAE'} <= table['fitted'].keys()
-    assert 'FD-VAE' not in json.loads((walk / 'results/one.json').read_text())['mean']['fitted']   # of one view there is none
+    one = json.loads((walk / 'results/one.json').read_text())['mean']
+    assert one.keys() == {'fitted', 'nearest'} and 'FD-VAE' not in one['fitted']        # of one view there is none
     assert table['fitted']['front'] > table['mean']['front'] and table['fitted']['FD-VAE'] < table['mean']['FD-VAE']
     assert {p.name for p in (walk / 'results').iterdir()} == {
         f'{name}{suffix}' for name in ('evaluate', 'one', 'consistency', 'unconditional') for suffix in ('.json', '.png')}
@@ -290,6 +291,12 @@ def test_tables(walk, monkeypatch, capsys):
         lengths = [len(v) for row in content['rows'].values() for v in row['ours'].values()]
         assert lengths == ([1] * 9 if table == '6' else [1] * 8 + [2] * 8)
         assert len(content['rows']) == rows and tables.as_markdown(content) in capsys.readouterr().out
+    args = tables.parse(['run', '4a', *small])
+    assert tables.fitted(args, ['weight_iwc=0'], 0)[0]['SSIM'] < 1 and rh.read_checkpoint(
+        walk / 'tables/fit_weight_iwc=0_seed0/avatar_0000.pt', 'planes')['settings']['fresh']
+    for of_command in [row for _, _, rows in tables.TABLES.values() for row, _ in rows.values()]:
+        for settings in of_command.values():
+            rh.make_config('tiny', tables.settings_of(settings, args)[3:])
     with pytest.raises(SystemExit, match='nothing'):                    # a command that fails ends the table, and what waits is dropped
         tables.run(tables.parse(['run', '4b', *small, '--work', 'other', '--fits', 'nothing', '--out', 'shown']))
     assert len(list((walk / 'tables').glob('upsample_*'))) == 4         # 4b: B's, C's, and two seeds of what D and E share
