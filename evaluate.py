@@ -302,7 +302,10 @@ def consistency(args, rank, world, device):
     train = cameras([(30 * i + 10 * j, -15 + 22 * j) for j in range(3) for i in range(12)], config.portrait)
     test = cameras([(15 + 60 * i, 25 * (i % 2) - 4) for i in range(6)], config.portrait)
     scores, sheet = {}, Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
-    for folder in tqdm(some(rh.list_avatars(args.data), args.consistency)[rank::world], disable=rank > 0, desc='consistency'):
+    folders = some(rh.list_avatars(args.data), args.consistency)
+    for folder, (_, root) in itertools.product(folders, args.images):                           # all there? Before the long work
+        rh.read_frames(Path(root) / folder.name, 'train')
+    for folder in tqdm(folders[rank::world], disable=rank > 0, desc='consistency'):
         rgb, alpha = rh.read_portrait(rh.portrait_path(folder), models['upsample'].config.portrait)
         planes = refine.avatars_of(models, rh.portrait_on_white(rgb, alpha)[None], args.refine, alpha[None], seed=args.seed)[0]
         def shots(views, planes=planes):    # (V, 3, H, W) on white, and as Views with alpha; then the same sharpened
@@ -377,7 +380,7 @@ def main(args):
     rank, world, device = rh.start(args.device, args.seed)
     counts = (args.views, args.downscale, args.count, args.consistency, args.unconditional and args.unconditional - 1, *(args.steps or ()))
     if min(1 if c is None else c for c in counts) < 1 or args.refine < 0:
-        rh.stop('--views, --downscale, --count, --consistency and --steps must be at least 1, --unconditional 2, --refine 0')
+        rh.stop('--views, --downscale, --count, --consistency, --steps must be at least 1, --unconditional at least 2, --refine at least 0')
     mode, useless = (('consistency', ('train', 'count', 'no_truth', 'guidance', 'steps', 'disturb', 'inception', 'clip', 'judge', 'rows'))
                      if args.consistency else
                      ('unconditional', ('count', 'no_truth', 'guidance', 'steps', 'refine', 'disturb', 'images', 'judge', 'rows'))

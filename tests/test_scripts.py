@@ -234,7 +234,8 @@ def command(*args, cwd):
     (['avatars.py', '--count', '0'], 'count'),
     (['evaluate.py', '--unconditional', '1'], '--unconditional at least 2'),
     (['evaluate.py', '--steps', '5000'], 'timesteps'),
-    (['evaluate.py', '--consistency', '1', '--images', 'other=renders'], 'leave out one of them'),
+    (['evaluate.py', '--unconditional', '2', '--images', 'other=renders'], 'leave out one of them'),
+    (['evaluate.py', '--consistency', '1', '--images', 'other=renders'], 'there is no such file; an avatar is a folder'),
 ])
 def test_what_is_out_of_order_ends_in_one_line(walk, args, message):
     result = command(ROOT / args[0], *args[1:], cwd=walk)
