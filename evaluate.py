@@ -41,6 +41,9 @@ import refine
 import rodinhd as rh
 
 ROWS = 'fitted', 'generated', 'disturbed', 'sampled', 'nearest', 'mean'
+USELESS = {'evaluate': (),              # options that a measurement does not read, and refuses
+           'consistency': ('train', 'count', 'no_truth', 'guidance', 'steps', 'disturb', 'inception', 'clip', 'judge', 'rows'),
+           'unconditional': ('count', 'no_truth', 'guidance', 'steps', 'refine', 'disturb', 'images', 'judge', 'rows')}
 
 # Avatars and pictures -------------------------------------------------------------------------------------------------
 
@@ -381,16 +384,13 @@ def main(args):
     counts = (args.views, args.downscale, args.count, args.consistency, args.unconditional and args.unconditional - 1, *(args.steps or ()))
     if min(1 if c is None else c for c in counts) < 1 or args.refine < 0:
         rh.stop('--views, --downscale, --count, --consistency, --steps must be at least 1, --unconditional at least 2, --refine at least 0')
-    mode, useless = (('consistency', ('train', 'count', 'no_truth', 'guidance', 'steps', 'disturb', 'inception', 'clip', 'judge', 'rows'))
-                     if args.consistency else
-                     ('unconditional', ('count', 'no_truth', 'guidance', 'steps', 'refine', 'disturb', 'images', 'judge', 'rows'))
-                     if args.unconditional else ('', ()))
-    if given := [name for name in useless if getattr(args, name) != getattr(parse([]), name)]:
+    mode = 'consistency' if args.consistency else 'unconditional' if args.unconditional else 'evaluate'
+    if given := [name for name in USELESS[mode] if getattr(args, name) != getattr(parse([]), name)]:
         rh.stop(f'--{mode} has no use for --{given[0].replace("_", "-")}; leave out one of them')
     args.images = [item.partition('=')[::2] for item in args.images]
     if args.disturb and not args.disturb.is_dir():
         rh.stop(f'--disturb {args.disturb}: no such folder; give one with photographs, or an empty one for flat colours alone')
-    (consistency if args.consistency else unconditional if args.unconditional else evaluate)(args, rank, world, device)
+    {'consistency': consistency, 'unconditional': unconditional, 'evaluate': evaluate}[mode](args, rank, world, device)
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
