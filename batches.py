@@ -1,8 +1,11 @@
 """What a training step sees: items from disk, and all that is random about them.
 
-Training meets what will come later: portraits as people have them (`photo`; `disturb` measures what that costs), and low-resolution planes
-as the base model makes them (`degrade`). All that is random about a sample follows from the seed, the step and its place in the batch, so a
-run that was interrupted sees the same as one that was not, and any number of ranks and workers see the same batches.
+Training meets what will come later: portraits as people have them (`photo`; `disturb` measures what
+that costs), and low-resolution planes as the base model makes them (`degrade`).
+
+All that is random about a sample follows from the seed, the step and the sample's place in the
+batch. So a run that was interrupted sees the same as one that was not, and any number of ranks and
+workers see the same batches.
 """
 from pathlib import Path
 
@@ -11,132 +14,323 @@ import torch
 import torch.nn.functional as F
 
 import rodinhd as rh
+import running
+import scenes
 
 
+# Items --------------------------------------------------------------------------------------------
 class Images(torch.utils.data.Dataset):
-    """All training images of all avatars, for the VAE: portrait (3, P, P) in [-1, 1] and alpha (1, P, P)."""
+    """Reads all training images of all avatars in `data`, for the VAE.
+
+    An item is a dict of portrait (3, P, P) in [-1, 1] and alpha (1, P, P) in 0..1.
+    """
     def __init__(self, data, config):
         self.size = config.portrait
-        self.paths = [frame['path'] for folder in rh.list_avatars(data) for frame in rh.read_frames(folder, 'train')[1]]
+        self.paths = []
+        for folder in scenes.list_avatars(data):
+            _, frames = scenes.read_frames(folder, 'train')
+            self.paths += [frame['path'] for frame in frames]
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return dict(zip(('portrait', 'alpha'), rh.read_portrait(self.paths[i], self.size)))
+        rgb, alpha = scenes.read_portrait(self.paths[i], self.size)
+        return {'portrait': rgb, 'alpha': alpha}
+
 
 class Planes(torch.utils.data.Dataset):
-    """Fitted planes (3, C, R, R) in [-1, 1] of the avatars in `fits` (with low only `low` (3, C, r, r): 46 K avatars of `paper` are 2.3
-    TB), portrait (3, P, P) in [-1, 1], alpha (1, P, P) in 0..1: dicts, read when asked for."""
+    """Reads the fitted planes of the avatars in `fits`, and their portraits in `data`.
+
+    An item is a dict of x_start (3, C, R, R) in [-1, 1], or with `low` the low-resolution planes
+    (3, C, r, r) alone, portrait (3, P, P) in [-1, 1] and alpha (1, P, P) in 0..1. It is read when
+    asked for and not kept: planes of the paper's 46 K avatars are 2.3 TB.
+    """
     def __init__(self, fits, data, config, low=False):
-        self.config, self.name = config, 'low' if low else 'planes'
-        self.folders = [p for p in rh.list_avatars(data) if (Path(fits) / f'{p.name}.pt').is_file()]
-        self.paths = [Path(fits) / f'{p.name}.pt' for p in self.folders]
+        self.config = config
+        self.name = 'low' if low else 'planes'
+        self.folders = []
+        self.paths = []
+        for folder in scenes.list_avatars(data):
+            path = Path(fits) / f'{folder.name}.pt'
+            if path.is_file():
+                self.folders.append(folder)
+                self.paths.append(path)
         if not self.paths:
-            rh.stop(f'{fits}: holds no fitted planes of the avatars in {data}; run fit.py --decoder, then fit.py')
-        shapes = [tuple(rh.read_checkpoint(self.paths[0], 'planes')[k].shape[1:3]) for k in ('planes', 'low')]
-        if shapes != [(config.channels, config.resolution), (config.channels, config.base_resolution)]:
-            rh.stop(f'{self.paths[0]}: planes of {shapes} channels and texels do not fit preset {config.preset}; fit again with it')
+            rh.stop(
+                f'{fits}: holds no fitted planes of the avatars in {data}; '
+                'run fit.py --decoder, then fit.py'
+            )
+        self.check(self.paths[0])
+
+    def check(self, path):
+        """Stops unless the planes of a file are of the sizes of this preset."""
+        config = self.config
+        file = running.read_checkpoint(path, 'planes')
+        shapes = [tuple(file[name].shape[1:3]) for name in ('planes', 'low')]
+        resolutions = (config.resolution, config.base_resolution)
+        if shapes != [(config.channels, resolution) for resolution in resolutions]:
+            rh.stop(
+                f'{path}: planes of {shapes} channels and texels do not fit '
+                f'preset {config.preset}; fit again with it'
+            )
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        planes = rh.read_checkpoint(self.paths[i], 'planes')[self.name].float().clamp(-1, 1)
-        planes.isfinite().all() or rh.stop(f'{self.paths[i]}: holds NaN or infinite values; delete it and fit it again')
-        rgb, alpha = rh.read_portrait(rh.portrait_path(self.folders[i]), self.config.portrait)
+        file = running.read_checkpoint(self.paths[i], 'planes')
+        planes = file[self.name].float().clamp(-1, 1)
+        if not planes.isfinite().all():
+            rh.stop(f'{self.paths[i]}: holds NaN or infinite values; delete it and fit it again')
+        portrait = scenes.portrait_path(self.folders[i])
+        rgb, alpha = scenes.read_portrait(portrait, self.config.portrait)
         return {'x_start': planes, 'portrait': rgb, 'alpha': alpha}
 
+
+# Batches ------------------------------------------------------------------------------------------
 class Draws(torch.utils.data.Dataset):
-    """What a step sees. Index (step, j, i): sample j of the step's batch, made of item i by draw(item, i, j), with all that is random."""
+    """Makes what a step sees: items, with all that is random about them.
+
+    The index (step, j, i) means sample j of the step's batch. It is draw(item, i, j), made of item
+    i after PyTorch was seeded by seed, step and j.
+    """
     def __init__(self, items, draw, seed):
-        self.items, self.draw, self.seed = items, draw, seed
+        self.items = items
+        self.draw = draw
+        self.seed = seed
 
     def __getitem__(self, index):
         step, j, i = index
         torch.manual_seed(((self.seed * 1_000_003 + step) * 4096 + j) % 2 ** 63)
         return self.draw(self.items[i], i, j)
 
+
 def indices(n, batch, begin, steps, seed, rank, world):
-    """Indices of Draws for each step of this rank: every world-th sample of a batch of items below n that follows from seed and step."""
+    """Yields the indices of Draws that a rank sees, a list for each step from `begin` on.
+
+    The batch of a step, of items below n, follows from seed and step alone. A rank takes every
+    world-th sample of it.
+    """
     for step in range(begin, steps):
-        picks = np.random.default_rng((seed % 2 ** 32, step)).integers(n, size=batch).tolist()
+        generator = np.random.default_rng((seed % 2 ** 32, step))
+        picks = generator.integers(n, size=batch).tolist()
         yield [(step, j, picks[j]) for j in range(rank, batch, world)]
 
-def collate(samples):
-    """Samples to a batch; what only some samples have stays a list."""
-    keys = {k for s in samples for k in s}
-    return {k: torch.stack(v) if len(v := [s[k] for s in samples if k in s]) == len(samples) and torch.is_tensor(v[0]) else v for k in keys}
 
+def collate(samples):
+    """Joins samples, which are dicts, to a batch.
+
+    Tensors that all samples have are stacked. What only some have, or what is no tensor, becomes a
+    list.
+    """
+    found = {}
+    for sample in samples:
+        for key, value in sample.items():
+            found.setdefault(key, []).append(value)
+
+    batch = {}
+    for key, values in found.items():
+        stackable = len(values) == len(samples) and torch.is_tensor(values[0])
+        batch[key] = torch.stack(values) if stackable else values
+    return batch
+
+
+# Portraits as people have them --------------------------------------------------------------------
 def place(rgb, alpha, scale, shift):
-    """Premultiplied RGBA (B, 4, P, P) in 0..1 of a portrait (rgb (B, 3, P, P) in [-1, 1], alpha (B, 1, P, P)), shrunk by scale (B,) and
-    shifted by shift (B, 2), in image widths."""
-    theta = torch.cat([torch.eye(2, device=rgb.device) * scale[:, None, None], 2 * shift[:, :, None]], dim=2)
+    """Shrinks portraits by scale (B,) and shifts them by shift (B, 2), in image widths.
+
+    Takes rgb (B, 3, P, P) in [-1, 1] and alpha (B, 1, P, P), and returns premultiplied RGBA
+    (B, 4, P, P) in 0..1, transparent where nothing was.
+    """
+    linear = torch.eye(2, device=rgb.device) * scale[:, None, None]
+    theta = torch.cat([linear, 2 * shift[:, :, None]], dim=2)               # (B, 2, 3)
     rgba = torch.cat([(rgb + 1) / 2 * alpha, alpha], dim=1)
-    return F.grid_sample(rgba, F.affine_grid(theta.double(), rgba.shape, align_corners=False).float(), align_corners=False)
+
+    # The grid is made in doubles, which autocast and TF32 do not round.
+    grid = F.affine_grid(theta.double(), rgba.shape, align_corners=False).float()
+    return F.grid_sample(rgba, grid, align_corners=False)
+
+
+def uniform(least, most, images):
+    """Draws a number between `least` and `most` for each of images (B, ...): (B, 1, 1, 1)."""
+    share = torch.rand(len(images), 1, 1, 1, device=images.device)
+    return least + (most - least) * share
+
 
 def photo(rgb, alpha):
-    """Portraits (B, 3, P, P) in [-1, 1] with alpha (B, 1, P, P) -> (B, 3, P, P): shifted by up to 5 %, scaled by up to 10 %, jittered in
-    brightness, contrast and saturation, sometimes blurred, on white (half of them), a flat colour or a soft pattern."""
-    B, _, P, _ = rgb.shape
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(B, 1, 1, 1, device=rgb.device)
-    rgba = place(rgb, alpha, uniform(0.9, 1.1).flatten(), 0.05 * (2 * torch.rand(B, 2, device=rgb.device) - 1))
-    rgb, alpha, grey = rgba[:, :3], rgba[:, 3:], rgba[:, :3].mean(1, keepdim=True)
-    mean = rgb.mean((1, 2, 3), keepdim=True) / alpha.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
-    rgb = grey + (rgb - grey) * uniform(0.85, 1.15)
-    rgb = (mean * alpha + (rgb - mean * alpha) * uniform(0.9, 1.1)) * uniform(0.9, 1.1)
-    kind, flat = uniform(0, 1), torch.rand(B, 3, 1, 1, device=rgb.device)
-    pattern = F.interpolate(torch.rand(B, 3, 5, 5, device=rgb.device), size=P, mode='bicubic').clamp(0, 1)
-    ground = torch.where(kind < 0.5, torch.ones_like(flat), torch.where(kind < 0.75, flat, pattern))
-    rgb = (rgb + (1 - alpha) * ground).clamp(0, 1)
-    soft = F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode='replicate'), 3, stride=1)
-    return torch.lerp(rgb, soft, uniform(-1, 1).clamp(min=0)) * 2 - 1
+    """Makes portraits look as if people had taken them.
+
+    Takes rgb (B, 3, P, P) in [-1, 1] and alpha (B, 1, P, P) and returns (B, 3, P, P) in [-1, 1]:
+    scaled by up to 10 %, shifted by up to 5 %, with other colours, on a ground, sometimes blurred.
+    """
+    scale = uniform(0.9, 1.1, rgb).flatten()
+    shift = 0.05 * (2 * torch.rand(len(rgb), 2, device=rgb.device) - 1)
+    rgba = place(rgb, alpha, scale, shift)
+    opacity = rgba[:, 3:]
+
+    person = jitter(rgba[:, :3], opacity)
+    image = (person + (1 - opacity) * random_ground(rgb)).clamp(0, 1)
+    return soften(image) * 2 - 1
+
+
+def jitter(rgb, alpha):
+    """Varies saturation by 15 %, contrast and brightness by 10 % of premultiplied portraits."""
+    grey = rgb.mean(1, keepdim=True)
+
+    # The mean of the person alone, without what is transparent.
+    covered = alpha.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
+    mean = rgb.mean((1, 2, 3), keepdim=True) / covered
+
+    saturated = grey + (rgb - grey) * uniform(0.85, 1.15, rgb)
+    contrasted = mean * alpha + (saturated - mean * alpha) * uniform(0.9, 1.1, rgb)
+    return contrasted * uniform(0.9, 1.1, rgb)
+
+
+def random_ground(images):
+    """Draws a background in 0..1 for each of images (B, 3, P, P).
+
+    Half of them are white, a quarter are of one colour, a quarter have a soft pattern.
+    """
+    B, _, P, _ = images.shape
+    kind = uniform(0, 1, images)
+    flat = torch.rand(B, 3, 1, 1, device=images.device)
+    blobs = torch.rand(B, 3, 5, 5, device=images.device)
+    pattern = F.interpolate(blobs, size=P, mode='bicubic').clamp(0, 1)
+
+    ground = torch.where(kind < 0.75, flat, pattern)
+    return torch.where(kind < 0.5, torch.ones_like(flat), ground)
+
+
+def soften(images):
+    """Blurs half of images (B, 3, P, P), by up to the mean of 3 x 3 pixels."""
+    padded = F.pad(images, (1, 1, 1, 1), mode='replicate')
+    soft = F.avg_pool2d(padded, 3, stride=1)
+    return torch.lerp(images, soft, uniform(-1, 1, images).clamp(min=0))
+
 
 def disturb(rgb, alpha, photographs, seed):
-    """A portrait (3, P, P) in [-1, 1] with alpha (1, P, P) -> (3, P, P): shifted by up to 5 %, scaled by up to 10 %, on a flat colour or,
-    every other time where there are any, on a piece of one of the image files `photographs`."""
-    P, generator = rgb.shape[-1], torch.Generator().manual_seed(seed)
-    scale, x, y, kind, *colour = torch.rand(7, generator=generator).tolist()
-    ground = torch.tensor(colour)[:, None, None]
-    if photographs and kind < 0.5:
-        pick, top, left = (int(torch.randint(n, (), generator=generator)) for n in (len(photographs), P, P))
-        ground = (rh.read_portrait(photographs[pick], 2 * P)[0][:, top:top + P, left:left + P] + 1) / 2
-    rgba = place(rgb[None], alpha[None], torch.tensor([0.9 + 0.2 * scale]), torch.tensor([[0.1 * x - 0.05, 0.1 * y - 0.05]]))[0]
+    """Places a portrait differently and on another ground, to measure what that costs.
+
+    Takes rgb (3, P, P) in [-1, 1] and alpha (1, P, P) and returns (3, P, P) in [-1, 1]: shifted by
+    up to 5 %, scaled by up to 10 %, on one colour or, every other time where there are any, on a
+    piece of one of the image files `photographs`.
+    """
+    P = rgb.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(7, generator=generator).tolist()
+    scale = torch.tensor([0.9 + 0.2 * draws[0]])
+    shift = torch.tensor([[0.1 * draws[1] - 0.05, 0.1 * draws[2] - 0.05]])
+    ground = torch.tensor(draws[4:])[:, None, None]                         # (3, 1, 1)
+    if photographs and draws[3] < 0.5:
+        ground = piece_of_one(photographs, P, generator)
+
+    rgba = place(rgb[None], alpha[None], scale, shift)[0]
     return (rgba[:3] + (1 - rgba[3:]) * ground) * 2 - 1
 
-def degrade(planes, size):
-    """Condition augmentation (Rodin; a light BSRGAN degradation): planes (B, 3, C, R, R) -> low-resolution planes as a base model might
-    make them: downsampled through a random intermediate size (half of them), blurred (a quarter), noisy (80 %, sigma 5/255 to 25/255)."""
-    out = []
-    for x in planes:
-        if torch.rand(()) < 0.5:
-            middle = int(size * (1 + torch.rand(()) * (x.shape[-1] / size - 1)))
-            x = F.interpolate(x, size=middle, mode='bilinear' if torch.rand(()) < 0.5 else 'bicubic', align_corners=True)
-        x = rh.resize_planes(x.double(), size).float()                  # doubles are exempt from autocast
-        if torch.rand(()) < 0.25:
-            sigma = 0.1 + 0.7 * torch.rand((), device=x.device)
-            tap = torch.exp(-torch.arange(-2, 3, device=x.device) ** 2 / (2 * sigma ** 2))
-            kernel = (tap[:, None] * tap / tap.sum() ** 2).expand(x.shape[1], 1, 5, 5)
-            x = F.conv2d(F.pad(x, (2, 2, 2, 2), mode='replicate'), kernel, groups=x.shape[1])
-        kind, sigma = torch.rand(()), (5 + 20 * torch.rand((), device=x.device)) / 255
-        if kind < 0.8:                  # independent, or one map for all planes and channels
-            x = x + sigma * torch.randn_like(x if kind < 0.4 else x[:1, :1])
-        out.append(x)
-    return torch.stack(out).clamp(-1, 1)
 
+def piece_of_one(photographs, P, generator):
+    """Cuts a random piece (3, P, P) in 0..1 out of a random photograph, made 2 P wide."""
+    pick = int(torch.randint(len(photographs), (), generator=generator))
+    top = int(torch.randint(P, (), generator=generator))
+    left = int(torch.randint(P, (), generator=generator))
+    image, _ = scenes.read_portrait(photographs[pick], 2 * P)
+    return (image[:, top:top + P, left:left + P] + 1) / 2
+
+
+# Planes as the base model makes them --------------------------------------------------------------
+def degrade(planes, size):
+    """Makes low-resolution planes as a base model might: condition augmentation.
+
+    Takes planes (B, 3, C, R, R) and returns (B, 3, C, size, size) in [-1, 1]: a random combination
+    of downsampling, Gaussian blur and Gaussian noise (Rodin, section 3.3). Neither paper says how
+    much; the odds of blur and noise are those of the authors' code, a light BSRGAN degradation.
+    """
+    degraded = [degrade_one(x, size) for x in planes]
+    return torch.stack(degraded).clamp(-1, 1)
+
+
+def degrade_one(x, size):
+    """Degrades the planes (3, C, R, R) of one avatar, all three alike."""
+    if torch.rand(()) < 0.5:
+        x = through_another_size(x, size)
+    x = rh.resize_planes(x.double(), size).float()      # doubles are exempt from autocast
+    if torch.rand(()) < 0.25:
+        x = blur(x)
+    return add_noise(x)
+
+
+def through_another_size(x, size):
+    """Resizes planes (3, C, R, R) to a random size between `size` and R, without antialiasing."""
+    R = x.shape[-1]
+    between = int(size * (1 + torch.rand(()) * (R / size - 1)))
+    mode = 'bilinear' if torch.rand(()) < 0.5 else 'bicubic'
+    return F.interpolate(x, size=between, mode=mode, align_corners=True)
+
+
+def blur(x):
+    """Convolves planes (3, C, r, r) with a Gaussian of 0.1 to 0.8 texels, cut off at 5 x 5."""
+    C = x.shape[1]
+    sigma = 0.1 + 0.7 * torch.rand((), device=x.device)
+    tap = torch.exp(-torch.arange(-2, 3, device=x.device) ** 2 / (2 * sigma ** 2))
+    kernel = tap[:, None] * tap / tap.sum() ** 2
+    padded = F.pad(x, (2, 2, 2, 2), mode='replicate')
+    return F.conv2d(padded, kernel.expand(C, 1, 5, 5), groups=C)
+
+
+def add_noise(x):
+    """Adds Gaussian noise, of 5/255 to 25/255, to planes (3, C, r, r) in 80 % of the cases.
+
+    In half of these it is independent, in the others one map for all planes and channels.
+    """
+    kind = torch.rand(())
+    sigma = (5 + 20 * torch.rand((), device=x.device)) / 255
+    if kind >= 0.8:
+        return x
+    one_map = x[:1, :1]
+    noise = torch.randn_like(x if kind < 0.4 else one_map)
+    return x + sigma * noise
+
+
+# Patches of views ---------------------------------------------------------------------------------
 def random_patch(folder, path, p):
-    """A random p x p crop of a random training view, scaled to a width of 2, 4 or 8 p (Eq. 6): {rays_o, rays_d (p, p, 3), rgb (3, p, p)}"""
-    file = rh.read_checkpoint(path, 'planes')
-    pick, spread = int(torch.randint(2 ** 30, ())), 2 ** int(1 + torch.multinomial(torch.tensor([0.35, 0.45, 0.2]), 1))
-    views = rh.load_views(folder, 'train', box := (file['centre'], file['half']), pick=pick)
-    if views.images.shape[1] >= 2 * p * spread:
-        views = rh.load_views(folder, 'train', box, views.images.shape[1] // (p * spread), pick=pick)
-    height, width = views.images.shape[1:3]
-    for _ in range(2):                  # an almost white crop is drawn again, once
-        y, x = (int(torch.randint(max(n - p, 0) + 1, ())) for n in (height, width))
-        crop = rh.on_white(views.images[0, y:y + p, x:x + p])
-        if crop.mean() < 0.7:
+    """Cuts a random patch of p x p pixels out of a random training view, for the loss of Eq. 6.
+
+    Takes the folder of an avatar and the path of its planes, which know its box. Returns a dict of
+    rays_o and rays_d (p, p, 3) and rgb (3, p, p) in 0..1, smaller where the view is.
+    """
+    view = random_view(folder, path, p)
+    height, width = view.images.shape[1:3]
+
+    # An almost white crop is drawn again, once.
+    for _ in range(2):
+        y = int(torch.randint(max(height - p, 0) + 1, ()))
+        x = int(torch.randint(max(width - p, 0) + 1, ()))
+        rgb = rh.on_white(view.images[0, y:y + p, x:x + p])
+        if rgb.mean() < 0.7:
             break
-    rays = (r.view(height, width, 3)[y:y + p, x:x + p] for r in rh.view_rays(views.c2w[0], views.intrinsics[0], height, width))
-    return {**dict(zip(('rays_o', 'rays_d'), rays)), 'rgb': crop.permute(2, 0, 1)}
+
+    def crop(rays):
+        return rays.view(height, width, 3)[y:y + p, x:x + p]
+
+    rays_o, rays_d = rh.view_rays(view.c2w[0], view.intrinsics[0], height, width)
+    return {'rays_o': crop(rays_o), 'rays_d': crop(rays_d), 'rgb': rgb.permute(2, 0, 1)}
+
+
+def random_view(folder, path, p):
+    """Loads a random training view, shrunk to 2, 4 or 8 patches of p pixels where it is larger.
+
+    The paper does not say how large its patches are. These sizes and their odds are those of the
+    authors' code.
+    """
+    file = running.read_checkpoint(path, 'planes')
+    box = (file['centre'], file['half'])
+    pick = int(torch.randint(2 ** 30, ()))
+    odds = torch.tensor([0.35, 0.45, 0.2])
+    patches = 2 ** int(1 + torch.multinomial(odds, 1))
+
+    view = scenes.load_views(folder, 'train', box, pick=pick)
+    side = view.images.shape[1]
+    if side >= 2 * p * patches:
+        view = scenes.load_views(folder, 'train', box, side // (p * patches), pick=pick)
+    return view

@@ -1,423 +1,954 @@
 """Stage 4: how good are the avatars? The papers' metrics at held-out cameras, in one table.
 
-    python evaluate.py                                       avatars of data/: fitted, and generated from their portraits
-    python evaluate.py --data test --train data              generated for avatars that training never saw
-    python evaluate.py --guidance 1 1.3 2 3 --steps 10 50 --refine 0    one row for each pair, of the model alone
-    python evaluate.py --disturb photographs                 portraits shifted, scaled, on flat colours or pieces of photographs
-    python evaluate.py --images rodin=folder                 another method's renders, folder/<avatar>/<name of the held-out view>.png
-                                                             (with --consistency: a posed set of them in each folder/<avatar>/)
-    python evaluate.py --inception download --clip clip.pt   FID, of Inception and of CLIP features, as well
-    python evaluate.py --judge csim=face.pt expression=e.pt  identity, expression, pose, shape: any TorchScript from image to vector
-    python evaluate.py --consistency 6                       planes and a surface fitted to 36 renders of each of six generated avatars
-    python evaluate.py --unconditional 64                    avatars of nobody: how far from one another and from the training set?
-    torchrun --standalone --nproc_per_node=2 evaluate.py     any of these
+    python evaluate.py                                    avatars of data/, fitted and generated
+    python evaluate.py --data test --train data           avatars that training never saw
+    python evaluate.py --guidance 1 2 --steps 10 50 --refine 0    a row for each pair of settings
+    python evaluate.py --disturb photographs              portraits that are shifted, scaled, on
+                                                          flat colours or pieces of photographs
+    python evaluate.py --images rodin=folder              another method's renders
+    python evaluate.py --inception download --clip clip.pt    FID, of Inception and CLIP features
+    python evaluate.py --judge csim=face.pt expression=e.pt   identity, expression, pose, shape
+    python evaluate.py --consistency 6                    do views of six generated avatars agree?
+    python evaluate.py --unconditional 64                 how distinct are avatars of nobody?
+    torchrun --standalone --nproc_per_node=2 evaluate.py  any of these
 
-Rows: `fitted` (planes in --fits), `generated` (from the portrait, as sample.py does), `sampled` (the model alone, from the portrait as it
-is), and two baselines that any generator must beat: `nearest`, the training avatar with the nearest portrait, and `mean`, the mean of the
-training planes. `front` is the PSNR of the view that is the portrait, which `generated` has been fitted to; FD-VAE a Frechet distance of
-the project's own features, not FID. Writes results/<--name>.json and .png.
+Rows are `fitted` (planes in --fits), `generated` (from the portrait, as sample.py does), `sampled`
+(the model alone, from the portrait as it is), and two baselines that any generator must beat:
+`nearest`, the training avatar with the nearest portrait, and `mean`, the mean of the training
+planes. A new row is a function and a line of ROWS; a new metric is a line of metrics.of_pairs.
+
+`front` is the PSNR of the view that is the portrait, which `generated` has been fitted to; FD-VAE
+is a Frechet distance of the project's own features, not FID. A judge is any TorchScript from image
+to vector. The renders of --images are those of the held-out views, folder/<avatar>/<name of the
+view>.png; with --consistency they are a posed set in each folder/<avatar>/.
+
+Writes measured/<--name>.json and .png.
 """
 import argparse
 import copy
 import functools
 import itertools
-import json
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
-from scipy import ndimage
 from tqdm import tqdm
 
 import batches
+import likeness
 import metrics
-import refine
 import rodinhd as rh
+import running
+import scenes
+import surface
 
-ROWS = 'fitted', 'generated', 'disturbed', 'sampled', 'nearest', 'mean'
-USELESS = {'evaluate': (),              # options that a measurement does not read, and refuses
-           'consistency': ('train', 'count', 'no_truth', 'guidance', 'steps', 'disturb', 'inception', 'clip', 'judge', 'rows'),
-           'unconditional': ('count', 'no_truth', 'guidance', 'steps', 'refine', 'disturb', 'images', 'judge', 'rows')}
 
-# Avatars and pictures -------------------------------------------------------------------------------------------------
+# Avatars and pictures of them ---------------------------------------------------------------------
+class Avatar(NamedTuple):
+    planes: torch.Tensor  # (3, C, R, R) in [-1, 1]
+    decoder: rh.Decoder  # that reads them
+
+
+class Shots(NamedTuple):
+    """Holds pictures of a field by several cameras."""
+    images: torch.Tensor  # (V, 3, H, W) in 0..1, on white
+    opacity: torch.Tensor  # (V, 1, H, W) in 0..1
+
 
 def load(args, device):
-    """The generator's models, and the decoder of --fits, which may be another one, for what was fitted there."""
-    models = rh.load_models(args.runs, args.fits, device)
-    return models, rh.load_model('decoder', args.fits, device) if (args.fits / 'decoder.pt').exists() else models['decoder']
+    """Loads the generator's models, and the decoder of --fits, which may be another one."""
+    models = running.load_models(args.runs, args.fits, device)
+    if (args.fits / 'decoder.pt').exists():
+        return models, running.load_model('decoder', args.fits, device)
+    return models, models['decoder']
+
+
+def likeness_steps(args, models):
+    """Returns --refine, the steps of fitting to the portrait, or the model's own number."""
+    if args.refine is None:
+        return models['base'].config.likeness_steps
+    return args.refine
+
 
 def some(items, count):
-    """`count` of the items, evenly spread; all of them where there are no more."""
-    return items if not count or len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+    """Returns `count` of the items, evenly spread, or all of them where there are no more."""
+    if not count or len(items) <= count:
+        return items
+    return [items[i * len(items) // count] for i in range(count)]
+
 
 def read_planes(path, device):
-    return rh.read_checkpoint(path, 'planes', 'python fit.py')['planes'].float().clamp(-1, 1).to(device)
+    content = running.read_checkpoint(path, 'planes', 'python fit.py')
+    return content['planes'].float().clamp(-1, 1).to(device)
+
 
 def seed_of(folder, args):
-    """A seed of its own for each avatar, or all would be made of the same noise."""
+    """Returns an avatar's own seed: with one for all, all would be made of the same noise."""
     return args.seed + zlib.crc32(folder.name.encode())
 
+
+def see(field, grid, views, config, device):
+    """Renders a field as the cameras of `views` see it, in pictures of their size -> Shots."""
+    height, width = views.images.shape[1:3]
+    images, opacities = [], []
+    for c2w, intrinsics in zip(views.c2w, views.intrinsics):
+        camera = c2w.to(device), intrinsics.to(device)
+        picture = rh.render_view(field, *camera, height, width, config.steps, grid)
+        images.append(picture.rgb.cpu().permute(2, 0, 1))
+        opacities.append(picture.opacity.cpu()[None])
+    return Shots(torch.stack(images), torch.stack(opacities))
+
+
+def photograph(avatar, views, device):
+    """Renders an Avatar as `see` does, with a grid made of its density: it may have no hull."""
+    field = rh.PlaneField(*avatar)
+    config = avatar.decoder.config
+    return see(field, rh.grid_for(field, config, device), views, config, device)
+
+
+def blank_views(c2w, size):
+    """Makes Views without content by cameras (V, 4, 4) that are as wide as those of portraits."""
+    count = len(c2w)
+    images = torch.zeros(count, size, size, 4, dtype=torch.uint8)
+    intrinsics = rh.intrinsics_of(rh.PORTRAIT_FOV, size).expand(count, 4)
+    return rh.Views(images, c2w, intrinsics, has_alpha=True)
+
+
+def blank_orbit(angles, size):
+    """Makes Views without content at (azimuth, elevation) in degrees, 4 away."""
+    return blank_views(torch.stack([rh.orbit_pose(*angle) for angle in angles]), size)
+
+
+def on_white(views):
+    """Returns the images of Views on white, (V, 3, H, W) in 0..1."""
+    return torch.stack([rh.on_white(image).permute(2, 0, 1) for image in views.images])
+
+
+def held_out(folder, box, args):
+    """Loads views of an avatar that training never saw, or of all where there are none such."""
+    size = args.downscale, args.views
+    views = scenes.load_views(folder, 'test', box, *size)
+    if views is None:
+        views = scenes.load_views(folder, 'train', box, *size)
+    return views
+
+
 def thumbnail(folder):
-    """The portrait of an avatar on white, (3, 64, 64) in 0..1."""
-    return (rh.portrait_on_white(*rh.read_portrait(rh.portrait_path(folder), 64)) + 1) / 2
+    """Reads the portrait of an avatar, on white, (3, 64, 64) in 0..1."""
+    rgb, alpha = scenes.read_portrait(scenes.portrait_path(folder), 64)
+    return (scenes.portrait_on_white(rgb, alpha) + 1) / 2
+
+
+class Neighbour(NamedTuple):
+    """Names a training avatar, and how far its portrait is from some image."""
+    distance: float  # mean squared difference of images (3, 64, 64) in 0..1
+    index: int
+
 
 class Baselines:
-    """The training avatars that have planes, in order of the distance of their portraits from an image; and the mean of their planes."""
-
+    """Holds the training avatars that have planes, in order of their names."""
     def __init__(self, args, device):
-        self.folders = [f for f in rh.list_avatars(args.train or args.data) if (args.fits / f'{f.name}.pt').exists()]
-        self.planes = [functools.partial(read_planes, args.fits / f'{f.name}.pt', device) for f in self.folders]
-        self.thumbnails = [thumbnail(f) for f in self.folders]
+        self.fits = args.fits
+        self.device = device
+        data = args.train or args.data
+        folders = scenes.list_avatars(data)
+        self.folders = [f for f in folders if (args.fits / f'{f.name}.pt').exists()]
+        self.thumbnails = [thumbnail(folder) for folder in self.folders]
         if not self.folders and dist.get_rank() == 0:
-            print(f'{args.fits} holds no planes of {args.train or args.data}: no baselines (fit them with python fit.py)')
+            print(
+                f'{args.fits} holds no planes of {data}: '
+                'no baselines (fit them with python fit.py)'
+            )
+
+    def planes(self, index):
+        return read_planes(self.fits / f'{self.folders[index].name}.pt', self.device)
 
     @functools.cached_property
     def mean(self):
-        return sum(planes() / len(self.planes) for planes in self.planes)
+        """The mean of all planes, which are read one by one."""
+        count = len(self.folders)
+        return sum(self.planes(index) / count for index in range(count))
 
     def neighbours(self, image, but=None):
-        """[(mean squared difference from an image (3, 64, 64) in 0..1, index)], nearest first; one named `but` is no neighbour."""
-        return sorted((float(F.mse_loss(t, image)), i) for i, t in enumerate(self.thumbnails) if self.folders[i].name != but)
+        """Lists all as Neighbours of an image, nearest first, except one that is named `but`."""
+        found = []
+        for index, other in enumerate(self.thumbnails):
+            if self.folders[index].name != but:
+                found.append(Neighbour(float(F.mse_loss(other, image)), index))
+        return sorted(found)
 
-def see(field, grid, views, config, device):
-    """A field as the cameras of `views` see it: images (V, 3, H, W) in 0..1 and opacities (V, 1, H, W)."""
-    height, width = views.images.shape[1:3]
-    shots = [rh.render_view(field, c.to(device), k.to(device), height, width, config.steps, grid)
-             for c, k in zip(views.c2w, views.intrinsics)]
-    return torch.stack([rgb.cpu().permute(2, 0, 1) for rgb, _ in shots]), torch.stack([opacity.cpu()[None] for _, opacity in shots])
 
-def photograph(planes, decoder, views, device):     # `see` planes, without their hull
-    field = rh.PlaneField(planes, decoder)
-    return see(field, rh.grid_for(field, decoder.config, device), views, decoder.config, device)
+# What is shown and written ------------------------------------------------------------------------
+class Strip(NamedTuple):
+    """Holds pictures of one avatar, side by side."""
+    score: float
+    name: str
+    pixels: np.ndarray  # (H, W, 3) uint8
 
-def cameras(angles, size):
-    """Views without content at (azimuth, elevation) in degrees, 4 away, 34 degrees wide."""
-    c2w = torch.stack([rh.orbit_pose(*a) for a in angles])
-    images = torch.zeros(len(angles), size, size, 4, dtype=torch.uint8)
-    return rh.Views(images, c2w, rh.intrinsics_of(34.0, size).expand(len(angles), 4), has_alpha=True)
 
 class Sheet:
-    """Strips of pictures of the avatars that came out best and worst, four of each, and what is above their columns."""
-
+    """Collects strips of the avatars that came out best and worst, four of each."""
     def __init__(self, legend=()):
-        self.strips, self.legend = [], legend                           # strips: (score, name, uint8 image (H, W, 3))
+        self.strips = []
+        self.legend = legend  # words above the strips, evenly spread over the width
 
     def add(self, score, name, images):
-        strip = (torch.cat(list(images), dim=2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        self.merge([(score, name, strip)])
+        """Adds a strip of images (3, H, W) in 0..1."""
+        strip = (torch.cat(list(images), dim=2).clamp(0, 1) * 255).round().byte()
+        self.merge([Strip(score, name, strip.permute(1, 2, 0).numpy())])
 
     def merge(self, strips):
-        strips = sorted([*self.strips, *strips], key=lambda s: s[:2], reverse=True)
-        self.strips = strips[:4] + strips[max(len(strips) - 4, 4):]
+        """Keeps the best and the worst of its own and these strips."""
+        everything = [*self.strips, *strips]
+        self.strips = ends_of(sorted(everything, key=lambda strip: strip[:2], reverse=True))
+
+    def merge_ranks(self):
+        """Gives rank 0 what all ranks have collected."""
+        for strips in gather(self.strips)[1:]:
+            self.merge(strips)
 
     def save(self, path):
-        strips = [s for _, _, s in self.strips if s.shape == self.strips[0][2].shape]
+        """Writes the strips, those that are as large as the first one, under the legend."""
+        shape = self.strips[0].pixels.shape
+        strips = [strip.pixels for strip in self.strips if strip.pixels.shape == shape]
         picture = Image.fromarray(np.concatenate(strips))
         sheet = Image.new('RGB', (picture.width, picture.height + 14), 'white')
         sheet.paste(picture, (0, 14))
         for i, word in enumerate(self.legend):
-            ImageDraw.Draw(sheet).text((i * picture.width / len(self.legend) + 3, 1), word, fill='black')
+            left = i * picture.width / len(self.legend) + 3
+            ImageDraw.Draw(sheet).text((left, 1), word, fill='black')
         sheet.save(path)
 
+
+def ends_of(items):
+    """Returns the first four and the last four of a list, or all of it where there are no more."""
+    return items[:4] + items[max(len(items) - 4, 4):]
+
+
 def gather(value):
-    """The values of all ranks, a list."""
+    """Lists the values of all ranks."""
     everything = [None] * dist.get_world_size()
     dist.all_gather_object(everything, value)
     return everything
 
-def pooled(features):
-    """{row: [what there is of a view]} of all ranks, which may have rows that others have not."""
-    everyone = gather(features)
-    return {row: [view for part in everyone for view in part.get(row, [])] for rows in everyone for row in rows}
 
-def frechet(pairs, names):
-    """{name: Frechet distance} of [(our view's features, the true one's)], each {name: (D,)}; empty where there is a single view."""
-    return {} if len(pairs) < 2 else {
-        n: metrics.frechet_distance(*(torch.stack([view[n] for view in views]) for views in zip(*pairs))) for n in names}
+def merged(results):
+    """Merges {avatar: what was measured} of all ranks, sorted by name."""
+    everything = {}
+    for part in gather(results):
+        everything.update(part)
+    return dict(sorted(everything.items()))
+
+
+def pooled(features):
+    """Merges {row: what there is of each view} of all ranks; one may have rows that others lack."""
+    everything = {}
+    for part in gather(features):
+        for row, views in part.items():
+            everything.setdefault(row, []).extend(views)
+    return everything
+
 
 def write(args, name, result, sheet):
     """Writes <out>/<name>.json, and <name>.png if there is a picture."""
     path = args.out / f'{args.name or name}.json'
-    with rh.atomic(path) as temporary:
-        temporary.write_text(json.dumps({**result, 'seed': args.seed}, indent=1) + '\n')
-    if sheet.strips:
-        with rh.atomic(path.with_suffix('.png')) as temporary:
-            sheet.save(temporary)
-    print(f'written: {path}' + (f', {path.with_suffix(".png")}' if sheet.strips else ''))
+    running.write_json(path, {**result, 'seed': args.seed})
+    if not sheet.strips:
+        print(f'written: {path}')
+        return
+    picture = path.with_suffix('.png')
+    with running.atomic(picture) as temporary:
+        sheet.save(temporary)
+    print(f'written: {path}, {picture}')
 
-# Measurements ---------------------------------------------------------------------------------------------------------
 
-def held_out(folder, box, args):
-    """Views of an avatar that training never saw, of all where there are none such, and these on white, (V, 3, H, W) in 0..1."""
-    size = args.downscale, args.views
-    views = rh.load_views(folder, 'test', box, *size) or rh.load_views(folder, 'train', box, *size)
-    return views, torch.stack([rh.on_white(image).permute(2, 0, 1) for image in views.images])
+# Scores -------------------------------------------------------------------------------------------
+def mean_scores(compare, ours, truth):
+    """Averages the metrics `compare` over views, images (V, 3, H, W) -> {metric: value}."""
+    scores = {}
+    for name, metric in compare.items():
+        scores[name] = sum(metric(a, b) for a, b in zip(ours, truth)) / len(truth)
+    return scores
+
+
+def features_of(image, extract):
+    """Extracts {Frechet distance: features (D,)} of an image (3, H, W) in 0..1."""
+    return {name: features(image) for name, features in extract.items()}
+
+
+def frechet(pairs, names):
+    """Measures {name: Frechet distance} of views, pairs of our features_of and the true ones.
+
+    It is empty where there is a single view, which has no covariance.
+    """
+    if len(pairs) < 2:
+        return {}
+    distances = {}
+    for name in names:
+        ours = torch.stack([our_view[name] for our_view, _ in pairs])
+        truth = torch.stack([true_view[name] for _, true_view in pairs])
+        distances[name] = metrics.frechet_distance(ours, truth)
+    return distances
+
+
+# What is evaluated --------------------------------------------------------------------------------
+class Shown(NamedTuple):
+    """Holds a portrait as the generator gets it."""
+    image: torch.Tensor  # (3, P, P) in [-1, 1]
+    alpha: torch.Tensor  # (1, P, P) in 0..1
+
+
+class Subject(NamedTuple):
+    """Holds what is known of an avatar of --data."""
+    folder: Path
+    views: rh.Views  # that training never saw
+    truth: torch.Tensor  # these on white, (V, 3, H, W) in 0..1
+    front: rh.Views | None  # the training view that is the portrait
+    portraits: dict  # {row: Shown}
+
 
 def portrait_view(folder, box, downscale):
-    """The training view that is the portrait, as Views; None where the portrait is a file of its own."""
-    paths, portrait = [frame['path'] for frame in rh.read_frames(folder, 'train')[1]], rh.portrait_path(folder)
-    return rh.load_views(folder, 'train', box, downscale, pick=paths.index(portrait)) if portrait in paths else None
+    """Loads the training view that is the portrait; None where that is a file of its own."""
+    _, frames = scenes.read_frames(folder, 'train')
+    paths = [frame['path'] for frame in frames]
+    portrait = scenes.portrait_path(folder)
+    if portrait not in paths:
+        return None
+    return scenes.load_views(folder, 'train', box, downscale, pick=paths.index(portrait))
+
+
+def read_subject(folder, args, size, photographs):
+    """Reads the Subject of a folder, with portraits of `size` pixels a side."""
+    box = scenes.read_box(folder)
+    views = held_out(folder, box, args)
+    front = portrait_view(folder, box, args.downscale)
+
+    rgb, alpha = scenes.read_portrait(scenes.portrait_path(folder), size)
+    portraits = {'generated': Shown(scenes.portrait_on_white(rgb, alpha), alpha)}
+    if args.disturb:
+        image = batches.disturb(rgb, alpha, photographs, seed_of(folder, args))
+        portraits['disturbed'] = Shown(image, torch.ones_like(alpha))
+    return Subject(folder, views, on_white(views), front, portraits)
+
+
+# The rows of the table ----------------------------------------------------------------------------
+# Each is made by a function of the Subject and of Sources, which returns {title: Avatar}, empty
+# where the row cannot be made. ROWS names them, in the order of the table.
+class Sources(NamedTuple):
+    """Holds what avatars are made of."""
+    args: argparse.Namespace
+    models: dict  # of running.load_models
+    fitted_decoder: rh.Decoder  # of the planes in --fits
+    baselines: Baselines
+    device: torch.device
+
+
+def from_fits(subject, sources):
+    """Reads the avatar's own planes."""
+    path = sources.args.fits / f'{subject.folder.name}.pt'
+    if not path.exists():
+        return {}
+    return {'fitted': Avatar(read_planes(path, sources.device), sources.fitted_decoder)}
+
+
+def settings_of(sources):
+    """Lists the pairs (guidance, steps) of sampling that are asked for."""
+    args, config = sources.args, sources.models['base'].config
+    guidance = args.guidance or [config.guidance]
+    steps = args.steps or [config.sample_steps]
+    return list(itertools.product(guidance, steps))
+
+
+def from_portrait(name, subject, sources):
+    """Generates from the portrait of a name, as sample.py does, a row for each pair of settings."""
+    if name not in subject.portraits:
+        return {}
+    args, models = sources.args, sources.models
+    image, alpha = subject.portraits[name]
+    settings = settings_of(sources)
+
+    rows = {}
+    for guidance, steps in settings:
+        title = name
+        if len(settings) > 1:
+            title = f'{name}, s={guidance:g}, {steps} steps'
+        how = dict(guidance=guidance, steps=steps, seed=seed_of(subject.folder, args))
+        fitting = likeness_steps(args, models)
+        planes = likeness.avatars_of(models, image[None], fitting, alpha[None], **how)[0]
+        rows[title] = Avatar(planes, models['decoder'])
+    return rows
+
+
+def from_model_alone(subject, sources):
+    """Samples from the portrait as it is, where `generated` is more than that."""
+    args, models = sources.args, sources.models
+    settings = settings_of(sources)
+    if not likeness_steps(args, models) or len(settings) > 1:
+        return {}
+    image = subject.portraits['generated'].image
+    guidance, steps = settings[0]
+    how = dict(guidance=guidance, steps=steps, seed=seed_of(subject.folder, args))
+    planes = rh.generate(models, image[None], **how).planes[0]
+    return {'sampled': Avatar(planes, models['decoder'])}
+
+
+def nearest_known(subject, sources):
+    """Reads the training avatar whose portrait is nearest, another one than this."""
+    baselines = sources.baselines
+    found = baselines.neighbours(thumbnail(subject.folder), but=subject.folder.name)
+    if not found:
+        return {}
+    planes = baselines.planes(found[0].index)
+    return {'nearest': Avatar(planes, sources.fitted_decoder)}
+
+
+def mean_known(subject, sources):
+    """Takes the mean of all training planes, where there are others than this avatar's."""
+    names = {folder.name for folder in sources.baselines.folders}
+    if not names - {subject.folder.name}:
+        return {}
+    return {'mean': Avatar(sources.baselines.mean, sources.fitted_decoder)}
+
+
+ROWS = {
+    'fitted': from_fits,
+    'generated': functools.partial(from_portrait, 'generated'),
+    'disturbed': functools.partial(from_portrait, 'disturbed'),
+    'sampled': from_model_alone,
+    'nearest': nearest_known,
+    'mean': mean_known,
+}
+
+
+def candidates_for(subject, sources):
+    """Makes {title of the row: Avatar, or the folder of another method's renders}."""
+    args, avatar = sources.args, subject.folder.name
+    candidates = {name: Path(root) / avatar for name, root in args.images}
+    for name, make in ROWS.items():
+        if not args.rows or name in args.rows:
+            candidates.update(make(subject, sources))
+    if not candidates:
+        rh.stop(
+            f'{avatar}: has none of the rows {" ".join(args.rows)} '
+            f'(planes are looked for in {args.fits})'
+        )
+    return candidates
+
+
+# Measurement 1: evaluate --------------------------------------------------------------------------
+class Measures(NamedTuple):
+    """Holds what is measured of a row."""
+    compare: dict  # {metric: function of two images}
+    extract: dict  # {Frechet distance: function of an image -> features}
+    judges: dict  # {judge: function of an image -> vector}
+
+
+class Row(NamedTuple):
+    """Holds what was measured of one avatar in one row."""
+    images: torch.Tensor  # (V, 3, H, W) in 0..1
+    scores: dict  # {metric: value}
+    features: list  # of each view, (features_of ours, features_of the truth)
+
 
 def read_renders(renders, folder, truth):
-    """Another method's renders of the held-out views of an avatar, as large as the truth (V, 3, H, W)."""
-    split = 'test' if rh.read_frames(folder, 'test')[1] else 'train'
-    paths = [renders / f'{frame["path"].stem}.png' for frame in some(rh.read_frames(folder, split)[1], len(truth))]
-    images = torch.stack([rh.on_white(torch.from_numpy(np.asarray(rh.open_image(path)))).permute(2, 0, 1) for path in paths])
-    return images if images.shape == truth.shape else F.interpolate(images, size=truth.shape[2:], mode='area')
+    """Reads another method's renders of the held-out views, as large as the truth (V, 3, H, W)."""
+    _, frames = scenes.read_frames(folder, 'test')
+    if not frames:
+        _, frames = scenes.read_frames(folder, 'train')
+    images = []
+    for frame in some(frames, len(truth)):
+        pixels = np.array(scenes.open_image(renders / f'{frame["path"].stem}.png'))
+        images.append(rh.on_white(torch.from_numpy(pixels)).permute(2, 0, 1))
+    images = torch.stack(images)
+    if images.shape == truth.shape:
+        return images
+    return F.interpolate(images, size=truth.shape[2:], mode='area')
 
-def candidates_for(folder, shown, args, models, fitted_decoder, baselines, device):
-    """{row of the table: (planes, decoder), or a folder of renders} of one avatar; shown: {row: (portrait, alpha)}."""
-    def wanted(name):
-        return not args.rows or name in args.rows
-    config, candidates = models['base'].config, {name: Path(root) / folder.name for name, root in args.images}
-    if wanted('fitted') and (args.fits / f'{folder.name}.pt').exists():
-        candidates['fitted'] = read_planes(args.fits / f'{folder.name}.pt', device), fitted_decoder
-    settings = list(itertools.product(args.guidance or [config.guidance], args.steps or [config.sample_steps]))
-    for (name, (portrait, alpha)), (guidance, steps) in itertools.product(shown.items(), settings):
-        how = dict(guidance=guidance, steps=steps, seed=seed_of(folder, args))
-        if not wanted(name):
-            continue
-        name = name if len(settings) == 1 else f'{name}, s={guidance:g}, {steps} steps'
-        candidates[name] = refine.avatars_of(models, portrait[None], args.refine, alpha[None], **how)[0], models['decoder']
-    if wanted('sampled') and args.refine and len(settings) == 1:
-        candidates['sampled'] = rh.generate(models, shown['generated'][0][None], **how)[0][0], models['decoder']
-    if neighbours := baselines.neighbours(thumbnail(folder), but=folder.name):
-        if wanted('nearest'):
-            candidates['nearest'] = baselines.planes[neighbours[0][1]](), fitted_decoder
-        if wanted('mean'):
-            candidates['mean'] = baselines.mean, fitted_decoder
-    return candidates or rh.stop(f'{folder.name}: has none of the rows {" ".join(args.rows)} (planes are looked for in {args.fits})')
+
+def measure(candidate, subject, true_features, measures, device):
+    """Measures a candidate, an Avatar or a folder of renders -> Row."""
+    truth = subject.truth
+    if isinstance(candidate, Avatar):
+        images = photograph(candidate, subject.views, device).images
+    else:
+        images = read_renders(candidate, subject.folder, truth)
+
+    scores = mean_scores(measures.compare, images, truth)
+    scores.update(metrics.judge(measures.judges, images, truth))
+    if subject.front is not None and isinstance(candidate, Avatar):
+        front = photograph(candidate, subject.front, device).images[0]
+        scores['front'] = rh.psnr(front, on_white(subject.front)[0])
+
+    our_features = [features_of(image, measures.extract) for image in images]
+    return Row(images, scores, list(zip(our_features, true_features)))
+
+
+def add_strip(sheet, subject, rows, with_truth):
+    """Puts the first and the last view of all Rows on the sheet.
+
+    Before them stand the portraits and the truth, where these may be shown. The sheet is sorted by
+    the first row of generated avatars, if any, else by the first row.
+    """
+    truth = subject.truth
+    images, legend = [], []
+    if with_truth:
+        for name, shown in subject.portraits.items():
+            image = (shown.image[None] + 1) / 2
+            images.append(F.interpolate(image, size=truth.shape[2:], mode='area')[0])
+            legend.append(name)
+        images += [truth[0], truth[-1]]
+        legend += ['truth', '']
+    for title, row in rows.items():
+        images += [row.images[0], row.images[-1]]
+        legend += [title, '']
+    sheet.legend = legend
+
+    generated = [title for title in rows if title.startswith('generated')]
+    titles = generated or list(rows)
+    sheet.add(rows[titles[0]].scores['PSNR'], subject.folder.name, images)
+
+
+def in_order(groups):
+    """Lists what is in some of the groups, each once, in order of first appearance."""
+    found = {}
+    for group in groups:
+        found.update(dict.fromkeys(group))
+    return list(found)
+
+
+def columns_of(results):
+    """Lists the metrics that some row of some avatar has."""
+    groups = []
+    for rows in results.values():
+        groups += rows.values()
+    return in_order(groups)
+
+
+def table_of(results, features, names):
+    """Averages {avatar: {row: scores}} -> {row: scores}, with the Frechet distances `names`.
+
+    Where only some avatars have a row, `avatars` is their number: its mean is over others than the
+    rows above and below, and not to be compared with them.
+    """
+    columns = columns_of(results)
+    table = {}
+    for row in in_order(results.values()):
+        scores = [rows[row] for rows in results.values() if row in rows]
+        table[row] = {}
+        for column in columns:
+            values = [of_avatar[column] for of_avatar in scores if column in of_avatar]
+            if values:
+                table[row][column] = float(np.mean(values))
+        table[row].update(frechet(features[row], names))
+        if len(scores) < len(results):
+            table[row]['avatars'] = len(scores)
+    return table
+
+
+def print_table(table, columns, count):
+    """Prints {row: scores}, means of `count` avatars, with '-' for what a row lacks."""
+    if any('avatars' in scores for scores in table.values()):
+        columns = [*columns, 'avatars']
+    head = ''.join(f'{column:>9s}' for column in columns)
+    print(f'{"":28s}{head}   mean of {count} avatars')
+    for row, scores in table.items():
+        cells = [f'{scores[c]:9.3f}' if c in scores else f'{"-":>9s}' for c in columns]
+        print(f'{row:28s}' + ''.join(cells))
+
+
+def check_steps(args, config):
+    fewest = min(config.base_timesteps, config.up_timesteps)
+    if args.steps and max(args.steps) > fewest:
+        rh.stop(
+            f'--steps {max(args.steps)}: the models have '
+            f'{config.base_timesteps} and {config.up_timesteps} timesteps'
+        )
+
+
+def photographs_in(folder):
+    """Lists the image files of a folder; none where there is no folder."""
+    if folder is None:
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in scenes.IMAGE_SUFFIXES)
+
 
 def evaluate(args, rank, world, device):
+    """Measures all rows for the avatars of --data, at cameras that training never saw."""
     models, fitted_decoder = load(args, device)
-    config, vae = models['upsample'].config, copy.deepcopy(models['vae']).cpu()
-    if max(args.steps or [1]) > min(config.base_timesteps, config.up_timesteps):
-        rh.stop(f'--steps {max(args.steps)}: the models have {config.base_timesteps} and {config.up_timesteps} timesteps')
+    config = models['upsample'].config
+    check_steps(args, config)
+    vae = copy.deepcopy(models['vae']).cpu()
     compare = metrics.of_pairs(vae)
-    photographs = sorted(p for p in args.disturb.iterdir() if p.suffix.lower() in rh.IMAGE_SUFFIXES) if args.disturb else []
-    baselines, folders = Baselines(args, device), some(rh.list_avatars(args.data), args.count)
-    features_of, judges = metrics.extractors(vae, args.inception, args.clip), metrics.read_judges(args.judge)
-    results, features, sheet = {}, {}, Sheet()                          # features: {row: [({name: (D,)}, that of the truth) a view]}
+    photographs = photographs_in(args.disturb)
+    sources = Sources(args, models, fitted_decoder, Baselines(args, device), device)
+    folders = some(scenes.list_avatars(args.data), args.count)
+    extract = metrics.extractors(vae, args.inception, args.clip)
+    measures = Measures(compare, extract, metrics.read_judges(args.judge))
+
+    results, features, sheet = {}, {}, Sheet()
     for folder in tqdm(folders[rank::world], disable=rank > 0, desc='evaluating'):
-        box = rh.read_box(folder)
-        views, truth = held_out(folder, box, args)
-        front, (rgb, alpha) = portrait_view(folder, box, args.downscale), rh.read_portrait(rh.portrait_path(folder), config.portrait)
-        shown = {'generated': (rh.portrait_on_white(rgb, alpha), alpha)}
-        if args.disturb:
-            image = batches.disturb(rgb, alpha, photographs, seed_of(folder, args))
-            shown['disturbed'] = image, torch.ones_like(alpha)
-        seen = [F.interpolate((p[None] + 1) / 2, size=truth.shape[2:], mode='area')[0] for p, _ in shown.values()]
-        strip, results[folder.name] = [] if args.no_truth else [*seen, truth[0], truth[-1]], {}
-        true_features = [{n: f(x) for n, f in features_of.items()} for x in truth]
-        for name, planes in candidates_for(folder, shown, args, models, fitted_decoder, baselines, device).items():
-            ours = read_renders(planes, folder, truth) if isinstance(planes, Path) else photograph(*planes, views, device)[0]
-            results[folder.name][name] = scores = {m: sum(map(f, ours, truth)) / len(truth) for m, f in compare.items()}
-            scores.update(metrics.judge(judges, ours, truth))
-            if front and not isinstance(planes, Path):
-                scores['front'] = rh.psnr(photograph(*planes, front, device)[0][0], rh.on_white(front.images[0]).permute(2, 0, 1))
-            strip += [ours[0], ours[-1]]
-            features.setdefault(name, []).extend(({n: f(x) for n, f in features_of.items()}, y) for x, y in zip(ours, true_features))
-        sheet.legend = [*([] if args.no_truth else [*shown, 'truth', '']), *(w for n in results[folder.name] for w in (n, ''))]
-        scores = results[folder.name]   # the sheet is sorted by the first row of generated avatars, if any, else by the first
-        score = scores[next((n for n in scores if n.startswith('generated')), next(iter(scores)))]['PSNR']
-        sheet.add(score, folder.name, strip)
+        subject = read_subject(folder, args, config.portrait, photographs)
+        true_features = [features_of(image, extract) for image in subject.truth]
+        rows = {}
+        for title, candidate in candidates_for(subject, sources).items():
+            rows[title] = measure(candidate, subject, true_features, measures, device)
+            features.setdefault(title, []).extend(rows[title].features)
+        results[folder.name] = {title: row.scores for title, row in rows.items()}
+        add_strip(sheet, subject, rows, with_truth=not args.no_truth)
+
     features = pooled(features)
-    for part in gather(sheet.strips)[1:]:
-        sheet.merge(part)
-    results = dict(sorted(pair for part in gather(results) for pair in part.items()))
+    sheet.merge_ranks()
+    results = merged(results)
     if rank == 0:
-        names = list(dict.fromkeys(n for r in results.values() for n in r))
-        columns = list(dict.fromkeys(m for r in results.values() for scores in r.values() for m in scores))
-        table = {n: {m: float(np.mean(values)) for m in columns if (values := [r[n][m] for r in results.values() if m in r.get(n, {})])}
-                 for n in names}
-        for n in names:
-            table[n].update(frechet(features[n], features_of))
-            if (count := sum(n in r for r in results.values())) < len(results):
-                table[n]['avatars'] = count         # a mean over others than the rows above and below: not to be compared with them
-        columns += [*features_of, *(['avatars'] if any('avatars' in row for row in table.values()) else [])]
-        print(f'{"":28s}' + ''.join(f'{m:>9s}' for m in columns) + f'   mean of {len(results)} avatars')
-        for n in names:
-            print(f'{n:28s}' + ''.join(f'{table[n][m]:9.3f}' if m in table[n] else f'{"-":>9s}' for m in columns))
+        table = table_of(results, features, extract)
+        print_table(table, [*columns_of(results), *extract], len(results))
         write(args, 'evaluate', {'mean': table, 'avatars': results}, sheet)
 
-class Surface(nn.Module):
-    """A surface model (after NeuS): planes and two small networks give a signed distance d and a colour that is the same from everywhere;
-    density is s sigmoid(-s d). A field, as `render` wants it. It begins as the surface of `hull` (G, G, G)."""
 
-    def __init__(self, hull, channels=16, resolution=128, width=32):
-        super().__init__()
-        self.table = nn.Parameter(0.01 * torch.randn(3, resolution, resolution, channels))         # planes, channels-last
-        start = (ndimage.distance_transform_edt(~hull) - ndimage.distance_transform_edt(hull)) * 2 / len(hull)
-        self.register_buffer('start', torch.from_numpy(start).float()[None, None])                 # (1, 1, G, G, G), signed distances
-        self.distance = nn.Sequential(nn.Linear(channels, width), nn.Softplus(), nn.Linear(width, 1 + width))
-        self.colour = nn.Sequential(nn.Linear(channels + width, width), nn.ReLU(), nn.Linear(width, 3), nn.Sigmoid())
-        self.log_s = nn.Parameter(torch.tensor(4.0))
+# Measurement 2: consistency -----------------------------------------------------------------------
+# What is of one solid thing can be fitted again; what is not comes out blurred. RodinHD fits a
+# surface model to renders (section 4.1, Tables 3 and 8), and so do we.
+SHARPEN = ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)
 
-    def signed_distance(self, points):      # of the hull, and what is learned; features (N, channels + width)
-        features = rh.sample_planes(self.table.permute(0, 3, 1, 2), points)
-        d, hidden = self.distance(features).split([1, self.distance[2].out_features - 1], dim=1)
-        start = F.grid_sample(self.start, points.flip(1)[None, None, None], padding_mode='border', align_corners=False)
-        return start.flatten() + 0.3 * d[:, 0], torch.cat([features, hidden], dim=1)
 
-    def __call__(self, points, dirs=None):
-        d, features = self.signed_distance(points)
-        s = self.log_s.exp()
-        return s * torch.sigmoid(-s * d), None if dirs is None else self.colour(features)
+class Capture(NamedTuple):
+    """Holds renders of an avatar in 8 bits, as pictures and as a set that can be fitted."""
+    images: torch.Tensor  # (V, 3, H, W) in 0..1, on white
+    views: rh.Views  # the same with straight alpha
 
-    def eikonal(self, points, step=1e-2):   # mean (|gradient| - 1)^2 by central differences
-        ends = torch.cat([points + sign * step * axis for axis in torch.eye(3, device=points.device) for sign in (1, -1)])
-        plus, minus = self.signed_distance(ends)[0].view(3, 2, -1).unbind(1)
-        return ((((plus - minus) / (2 * step)).square().sum(0) + 1e-12).sqrt() - 1).square().mean()
 
-def fit_surface(views, config, device, seed=0):
-    """Surface fitted to views, and its occupancy grid."""
-    torch.manual_seed(seed)
-    hull = rh.visual_hull(views, config.grid)
-    surface, rays = Surface(hull.numpy(), config.channels, config.resolution).to(device), rh.Rays(views, device, margin=6)
-    grid = rh.OccupancyGrid(config.grid, config.steps, device, hull)
-    optimizer, generator = torch.optim.Adam(surface.parameters(), betas=(0.9, 0.99)), torch.Generator().manual_seed(seed)
-    for step in range(config.fit_steps):
-        for group in optimizer.param_groups:
-            group['lr'] = 1e-2 * 0.05 ** (step / config.fit_steps)
-        if step % 16 == 0:
-            grid.update(surface, generator, None if step < 256 else grid.some_cells(generator))
-        rays_o, rays_d, target = rays.draw(config.rays, generator)
-        shift = torch.rand(len(rays_o), generator=generator).to(device)
-        loss = F.mse_loss(rh.render(surface, rays_o, rays_d, config.steps, grid, shift)[0], target)
-        loss = loss + 1e-3 * surface.eikonal(2 * torch.rand(512, 3, generator=generator).to(device) - 1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return surface, grid
+class Trial(NamedTuple):
+    """Holds a set that a surface is fitted to, and what it is measured by."""
+    views: rh.Views
+    unseen: rh.Views  # whose cameras measure
+    truth: torch.Tensor  # what these see, (V, 3, H, W) in 0..1
+
+
+class Outcome(NamedTuple):
+    """Holds images (V, 3, H, W) in 0..1 of what was fitted, and the true ones."""
+    images: torch.Tensor
+    truth: torch.Tensor
+
+
+def cameras_to_fit(size):
+    """Makes 36 blank views around an avatar, in three rings of twelve."""
+    angles = []
+    for ring in range(3):
+        angles += [(30 * i + 10 * ring, -15 + 22 * ring) for i in range(12)]
+    return blank_orbit(angles, size)
+
+
+def cameras_to_measure(size):
+    """Makes six other blank views around an avatar, in turn lower and higher ones."""
+    return blank_orbit([(15 + 60 * i, 25 * (i % 2) - 4) for i in range(6)], size)
+
+
+def capture_of(pictures, opacity, cameras):
+    """Makes a Capture of PIL images on white, one a camera, and of opacity (V, 1, H, W)."""
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    images = pixels.permute(0, 3, 1, 2) / 255
+
+    # On white, a pixel is alpha c + 1 - alpha, and c is its straight colour.
+    colour = (images - 1 + opacity) / opacity.clamp(min=1e-3)
+    colour = torch.where(opacity > 0, colour, 0.0)
+    rgba = (torch.cat([colour, opacity], dim=1).clamp(0, 1) * 255).round().byte()
+    return Capture(images, cameras._replace(images=rgba.permute(0, 2, 3, 1).contiguous()))
+
+
+def captures(avatar, cameras, device):
+    """Makes two Captures of an avatar: as it is, and with each picture sharpened on its own."""
+    shots = photograph(avatar, cameras, device)
+    pictures = []
+    for image in shots.images:
+        pixels = image.permute(1, 2, 0).mul(255).round().byte()
+        pictures.append(Image.fromarray(pixels.numpy()))
+    plain = capture_of(pictures, shots.opacity, cameras)
+
+    sharpened = [picture.filter(SHARPEN) for picture in pictures]
+    return plain, capture_of(sharpened, shots.opacity, cameras)
+
+
+def fit_again(avatar, folder, args, device):
+    """Fits planes and surfaces to renders of an avatar, and surfaces to those of others.
+
+    Returns {what was fitted: Outcome}.
+    """
+    decoder, config = avatar.decoder, avatar.decoder.config
+    unseen = cameras_to_measure(config.portrait)
+    plain, sharpened = captures(avatar, cameras_to_fit(config.portrait), device)
+    truth, sharpened_truth = captures(avatar, unseen, device)
+
+    pace = rh.by_steps(config.fit_steps)
+    visit = rh.fit_avatar(plain.views, decoder.start, decoder, config, pace, seed=args.seed)
+    shots = photograph(Avatar(visit.planes, decoder), unseen, device)
+    outcomes = {'planes': Outcome(shots.images, truth.images)}
+
+    trials = {
+        'surface': Trial(plain.views, unseen, truth.images),
+        'sharpened': Trial(sharpened.views, unseen, sharpened_truth.images),
+    }
+    for name, root in args.images:
+        posed = Path(root) / folder.name
+        box = scenes.read_box(posed)
+        views = scenes.load_views(posed, 'train', box, args.downscale)
+        theirs = held_out(posed, box, args)
+        trials[name] = Trial(views, theirs, on_white(theirs))
+    for name, trial in trials.items():
+        solid, grid = surface.fit_surface(trial.views, config, device, args.seed)
+        shots = see(solid, grid, trial.unseen, config, device)
+        outcomes[name] = Outcome(shots.images, trial.truth)
+    return outcomes
+
+
+def first_views(outcomes):
+    """Lists images by the first camera: a render, and what was fitted to such; then sharpened."""
+    planes, solid, sharpened = (outcomes[name] for name in ('planes', 'surface', 'sharpened'))
+    shown = [solid.truth, planes.images, solid.images, sharpened.truth, sharpened.images]
+    return [images[0] for images in shown]
+
+
+def mean_over_avatars(results, names):
+    """Averages {avatar: {row: scores}}, all with the same rows and metrics -> {row: scores}."""
+    means = {}
+    for row in next(iter(results.values())):
+        means[row] = {}
+        for name in names:
+            values = [rows[row][name] for rows in results.values()]
+            means[row][name] = float(np.mean(values))
+    return means
+
 
 def consistency(args, rank, world, device):
-    """Are the views of a generated avatar those of one solid thing (Tables 3 and 8)? 6 views after fitting to 36 others: fresh planes; a
-    surface; and a surface to views that were sharpened one by one, which are not of one thing and must come out worse. Then a surface to
-    another method's renders, a posed set FOLDER/<avatar>/ for each (--images), measured at its held-out views."""
+    """Asks whether the views of a generated avatar are those of one solid thing.
+
+    Six views are measured after fitting to 36 others: of fresh planes; of a surface; and of a
+    surface fitted to views that were sharpened one by one, which are not of one thing and must come
+    out worse. Then of a surface fitted to another method's renders, a posed set FOLDER/<avatar>/
+    for each (--images), at its held-out views.
+    """
     models, _ = load(args, device)
-    decoder, config, compare = models['decoder'], models['decoder'].config, metrics.of_pairs(copy.deepcopy(models['vae']).cpu())
-    train = cameras([(30 * i + 10 * j, -15 + 22 * j) for j in range(3) for i in range(12)], config.portrait)
-    test = cameras([(15 + 60 * i, 25 * (i % 2) - 4) for i in range(6)], config.portrait)
-    scores, sheet = {}, Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
-    folders = some(rh.list_avatars(args.data), args.consistency)
-    for folder, (_, root) in itertools.product(folders, args.images):                           # all there? Before the long work
-        rh.read_frames(Path(root) / folder.name, 'train')
+    compare = metrics.of_pairs(copy.deepcopy(models['vae']).cpu())
+    folders = some(scenes.list_avatars(args.data), args.consistency)
+    for folder, (_, root) in itertools.product(folders, args.images):
+        scenes.read_frames(Path(root) / folder.name, 'train')  # stops before the long work
+
+    results = {}
+    sheet = Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
     for folder in tqdm(folders[rank::world], disable=rank > 0, desc='consistency'):
-        rgb, alpha = rh.read_portrait(rh.portrait_path(folder), models['upsample'].config.portrait)
-        planes = refine.avatars_of(models, rh.portrait_on_white(rgb, alpha)[None], args.refine, alpha[None], seed=args.seed)[0]
-        def shots(views, planes=planes):    # (V, 3, H, W) on white, and as Views with alpha; then the same sharpened
-            rgb, alpha = photograph(planes, decoder, views, device)
-            pixels = [Image.fromarray(x.permute(1, 2, 0).mul(255).round().byte().numpy()) for x in rgb]
-            for shown in pixels, [x.filter(ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)) for x in pixels]:
-                rgb = torch.from_numpy(np.stack([np.asarray(x) for x in shown])).permute(0, 3, 1, 2) / 255
-                straight = torch.where(alpha > 0, (rgb - 1 + alpha) / alpha.clamp(min=1e-3), 0.0)
-                images = (torch.cat([straight, alpha], dim=1).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-                yield rgb, views._replace(images=images)
-        (_, plain), (_, sharpened) = shots(train)
-        (truth, _), (sharp_truth, _) = shots(test)
-        fresh, _, _ = rh.fit_avatar(plain, decoder.start, decoder, config, steps=config.fit_steps, seed=args.seed)
-        ours = {'planes': (photograph(fresh, decoder, test, device)[0], truth)}
-        sets = [('surface', plain, test, truth), ('sharpened', sharpened, test, sharp_truth)]
-        for name, root in args.images:
-            box = rh.read_box(path := Path(root) / folder.name)
-            sets.append((name, rh.load_views(path, 'train', box, args.downscale), *held_out(path, box, args)))
-        for name, views, unseen, target in sets:
-            surface, grid = fit_surface(views, config, device, args.seed)
-            ours[name] = see(surface, grid, unseen, config, device)[0], target
-        scores[folder.name] = {name: {m: sum(map(f, *pair)) / len(pair[1]) for m, f in compare.items()} for name, pair in ours.items()}
-        strip = [truth[0], ours['planes'][0][0], ours['surface'][0][0], sharp_truth[0], ours['sharpened'][0][0]]
-        sheet.add(scores[folder.name]['surface']['PSNR'], folder.name, strip)
-    for part in gather(sheet.strips)[1:]:
-        sheet.merge(part)
-    scores = dict(sorted(pair for part in gather(scores) for pair in part.items()))
+        path = scenes.portrait_path(folder)
+        rgb, alpha = scenes.read_portrait(path, models['upsample'].config.portrait)
+        image = scenes.portrait_on_white(rgb, alpha)
+        fitting = likeness_steps(args, models)
+        planes = likeness.avatars_of(models, image[None], fitting, alpha[None], seed=args.seed)[0]
+
+        outcomes = fit_again(Avatar(planes, models['decoder']), folder, args, device)
+        rows = {name: mean_scores(compare, *outcome) for name, outcome in outcomes.items()}
+        results[folder.name] = rows
+        sheet.add(rows['surface']['PSNR'], folder.name, first_views(outcomes))
+
+    sheet.merge_ranks()
+    results = merged(results)
     if rank == 0:
-        mean = {name: {m: float(np.mean([r[name][m] for r in scores.values()])) for m in compare}
-                for name in next(iter(scores.values()))}
-        for avatar, row in {**scores, 'mean': mean}.items():
-            for name, values in row.items():
-                print(f'{avatar:28s}{name:12s}' + ''.join(f'  {m} {v:.3f}' for m, v in values.items()))
-        write(args, 'consistency', {'mean': mean, 'avatars': scores}, sheet)
+        means = mean_over_avatars(results, compare)
+        for avatar, rows in {**results, 'mean': means}.items():
+            for name, scores in rows.items():
+                cells = [f'  {metric} {value:.3f}' for metric, value in scores.items()]
+                print(f'{avatar:28s}{name:12s}' + ''.join(cells))
+        write(args, 'consistency', {'mean': means, 'avatars': results}, sheet)
+
+
+# Measurement 3: unconditional ---------------------------------------------------------------------
+def median_psnr(distances):
+    """Returns the median of mean squared differences of images in 0..1, in dB."""
+    return float(np.median([-10 * math.log10(max(d, 1e-10)) for d in distances]))
+
+
+def distances_to_others(images):
+    """Lists the mean squared difference of each image from the nearest other one."""
+    distances = []
+    for image in images:
+        others = [other for other in images if other is not image]
+        distances.append(min(float(F.mse_loss(image, other)) for other in others))
+    return distances
+
+
+def distances_to_known(baselines):
+    """Lists the same of the portraits of training avatars."""
+    distances = []
+    for image, folder in zip(baselines.thumbnails, baselines.folders):
+        distances.append(baselines.neighbours(image, but=folder.name)[0].distance)
+    return distances
+
+
+def sheet_of_neighbours(images, neighbours, baselines, decoder, front):
+    """Shows samples (3, H, W), each beside its Neighbours as the camera `front` sees them."""
+    sheet = Sheet(['sample', 'nearest', 'second', 'third'])
+    pairs = sorted(zip(images, neighbours), key=lambda pair: pair[1][0].distance)
+    for image, found in ends_of(pairs):  # the sheet would keep no others
+        strip = [image]
+        for neighbour in found:
+            known = Avatar(baselines.planes(neighbour.index), decoder)
+            strip.append(photograph(known, front, baselines.device).images[0])
+        sheet.add(found[0].distance, '', strip)
+    return sheet
+
 
 def unconditional(args, rank, world, device):
-    """Avatars of nobody: PSNR of frontal views, 64 x 64, between each and its nearest other, and its nearest training avatar, beside the
-    same of training avatars among themselves. And the Frechet distances of renders of them to the held-out images of --data, each by the
-    cameras of one of these avatars in turn. The picture shows samples, each with its three nearest training avatars, refitted."""
+    """Asks how far avatars of nobody are from one another and from the training set.
+
+    It measures the PSNR of frontal views, 64 x 64, between each and its nearest other, and its
+    nearest training avatar, beside the same of training avatars among themselves. And the Frechet
+    distances of renders of them to the held-out images of --data, each by the cameras of one of
+    these avatars in turn. The picture shows samples, each with its three nearest training avatars
+    as these were fitted.
+    """
     models, fitted_decoder = load(args, device)
-    features_of = metrics.extractors(copy.deepcopy(models['vae']).cpu(), args.inception, args.clip)
-    folders, features = rh.list_avatars(args.data), {'sample': []}
-    baselines, front, samples = Baselines(args, device), cameras([(0, 2)], models['vae'].config.portrait // 2), []
-    len(baselines.folders) > 1 or rh.stop(f'--unconditional: {args.fits} needs planes of two avatars of {args.train or args.data}')
+    vae = copy.deepcopy(models['vae']).cpu()
+    extract = metrics.extractors(vae, args.inception, args.clip)
+    folders = scenes.list_avatars(args.data)
+    baselines = Baselines(args, device)
+    if len(baselines.folders) < 2:
+        data = args.train or args.data
+        rh.stop(f'--unconditional: {args.fits} needs planes of two avatars of {data}')
+    size = models['vae'].config.portrait // 2
+    front = blank_views(rh.portrait_camera(size)[0][None], size)
+
+    samples = {}  # {number: frontal view}
+    pairs = []  # of each other view, [features_of ours, features_of the truth]
     for i in tqdm(range(rank, args.unconditional, world), disable=rank > 0, desc='unconditional'):
-        planes = rh.generate(models, 1, seed=args.seed + i)[0][0]
-        samples.append((i, photograph(planes, models['decoder'], front, device)[0][0]))
+        planes = rh.generate(models, 1, seed=args.seed + i).planes[0]
+        avatar = Avatar(planes, models['decoder'])
+        samples[i] = photograph(avatar, front, device).images[0]
         folder = folders[i % len(folders)]
-        views, truth = held_out(folder, rh.read_box(folder), args)
-        for pair in zip(photograph(planes, models['decoder'], views, device)[0], truth):
-            features['sample'].append([{n: f(x) for n, f in features_of.items()} for x in pair])
-    images = [image for _, image in sorted((pair for part in gather(samples) for pair in part), key=lambda pair: pair[0])]
-    features = pooled(features)
+        views = held_out(folder, scenes.read_box(folder), args)
+        for ours, truth in zip(photograph(avatar, views, device).images, on_white(views)):
+            pairs.append([features_of(ours, extract), features_of(truth, extract)])
+
+    images = list(merged(samples).values())
+    pairs = pooled({'sample': pairs})['sample']
     if rank == 0:
-        sheet, small = Sheet(['sample', 'nearest', 'second', 'third']), [F.interpolate(x[None], size=64, mode='area')[0] for x in images]
-        near = [baselines.neighbours(x)[:3] for x in small]
-        def dB(distances):                  # of nearest neighbours: their PSNR, median
-            return float(np.median([-10 * math.log10(max(d, 1e-10)) for d in distances]))
+        small = [F.interpolate(image[None], size=64, mode='area')[0] for image in images]
+        neighbours = [baselines.neighbours(image)[:3] for image in small]
         result = {
-            'samples': len(images), 'sample_to_sample': dB([min(float(F.mse_loss(a, b)) for b in small if b is not a) for a in small]),
-            'sample_to_training': dB([n[0][0] for n in near]),
-            'training_to_training': dB([baselines.neighbours(t, f.name)[0][0] for t, f in zip(baselines.thumbnails, baselines.folders)]),
-            'views': len(features['sample']), **frechet(features['sample'], features_of)}
-        pairs = sorted(zip(images, near), key=lambda pair: pair[1][0][0])
-        for image, neighbours in pairs[:4] + pairs[max(len(pairs) - 4, 4):]:            # what the sheet keeps
-            others = [photograph(baselines.planes[i](), fitted_decoder, front, device)[0][0] for _, i in neighbours]
-            sheet.add(neighbours[0][0], '', [image, *others])
-        print('\n'.join(f'{k:28s}{v:9.2f}' for k, v in result.items()))
+            'samples': len(images),
+            'sample_to_sample': median_psnr(distances_to_others(small)),
+            'sample_to_training': median_psnr([found[0].distance for found in neighbours]),
+            'training_to_training': median_psnr(distances_to_known(baselines)),
+            'views': len(pairs),
+            **frechet(pairs, extract),
+        }
+        sheet = sheet_of_neighbours(images, neighbours, baselines, fitted_decoder, front)
+        for name, value in result.items():
+            print(f'{name:28s}{value:9.2f}')
         write(args, 'unconditional', result, sheet)
 
+
+# The command --------------------------------------------------------------------------------------
+class Mode(NamedTuple):
+    run: Callable  # of args, rank, world, device
+    useless: str  # options that it does not read, and refuses
+
+
+MODES = {
+    'evaluate': Mode(evaluate, useless=''),
+    'consistency': Mode(
+        consistency,
+        useless='train count no_truth guidance steps disturb inception clip judge rows',
+    ),
+    'unconditional': Mode(
+        unconditional,
+        useless='count no_truth guidance steps refine disturb images judge rows',
+    ),
+}
+
+
+def check_numbers(args):
+    """Stops where an option is too small. Options that were not given are None."""
+    at_least_1 = [args.views, args.downscale, args.count, args.consistency, *(args.steps or [])]
+    too_small = any(number is not None and number < 1 for number in at_least_1)
+    if args.unconditional is not None and args.unconditional < 2:
+        too_small = True
+    if args.refine is not None and args.refine < 0:
+        too_small = True
+    if too_small:
+        rh.stop(
+            '--views, --downscale, --count, --consistency, --steps must be at least 1, '
+            '--unconditional at least 2, --refine at least 0'
+        )
+
+
+def check_useful(args, mode):
+    """Stops where an option is given that the mode of this name does not read."""
+    usual = parse([])
+    for option in MODES[mode].useless.split():
+        if getattr(args, option) != getattr(usual, option):
+            flag = option.replace('_', '-')
+            rh.stop(f'--{mode} has no use for --{flag}; leave out one of them')
+
+
 def main(args):
-    rank, world, device = rh.start(args.device, args.seed)
-    counts = (args.views, args.downscale, args.count, args.consistency, args.unconditional and args.unconditional - 1, *(args.steps or ()))
-    if min(1 if c is None else c for c in counts) < 1 or args.refine < 0:
-        rh.stop('--views, --downscale, --count, --consistency, --steps must be at least 1, --unconditional at least 2, --refine at least 0')
-    mode = 'consistency' if args.consistency else 'unconditional' if args.unconditional else 'evaluate'
-    if given := [name for name in USELESS[mode] if getattr(args, name) != getattr(parse([]), name)]:
-        rh.stop(f'--{mode} has no use for --{given[0].replace("_", "-")}; leave out one of them')
-    args.images = [item.partition('=')[::2] for item in args.images]
+    rank, world, device = running.start(args.device, args.seed)
+    check_numbers(args)
+    mode = 'evaluate'
+    if args.consistency:
+        mode = 'consistency'
+    elif args.unconditional:
+        mode = 'unconditional'
+    check_useful(args, mode)
     if args.disturb and not args.disturb.is_dir():
-        rh.stop(f'--disturb {args.disturb}: no such folder; give one with photographs, or an empty one for flat colours alone')
-    {'consistency': consistency, 'unconditional': unconditional, 'evaluate': evaluate}[mode](args, rank, world, device)
+        rh.stop(
+            f'--disturb {args.disturb}: no such folder; '
+            'give one with photographs, or an empty one for flat colours alone'
+        )
+    args.images = [item.partition('=')[::2] for item in args.images]  # (name, folder)
+    MODES[mode].run(args, rank, world, device)
+
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', type=Path, default=Path('data'), help='avatars to evaluate')
-    p.add_argument('--train', type=Path, help='training avatars, for the baselines (default: --data)')
-    p.add_argument('--fits', type=Path, default=Path('fits'))
-    p.add_argument('--runs', type=Path, default=Path('runs'))
-    p.add_argument('--out', type=Path, default=Path('results'))
-    p.add_argument('--name', help='of the files written (default: what is measured)')
-    p.add_argument('--count', type=int, help='only this many avatars, evenly spread')
-    p.add_argument('--rows', nargs='+', help='only these, of: ' + ' '.join(ROWS), choices=ROWS)
-    p.add_argument('--views', type=int, default=6, help='held-out views of each')
-    p.add_argument('--downscale', type=int, default=1, help='average the images of --data down by this factor')
-    p.add_argument('--no-truth', action='store_true', help='a picture without the data set\'s own images')
-    p.add_argument('--guidance', type=float, nargs='+', help='of the base model (default: its own)')
-    p.add_argument('--steps', type=int, nargs='+', help='sampling steps of each model (default: its own)')
-    p.add_argument('--refine', type=int, default=40, metavar='STEPS', help='of fitting to the portrait (see refine.py); 0: none')
-    p.add_argument('--disturb', type=Path, metavar='FOLDER', help='also portraits shifted, scaled, on other backgrounds')
-    p.add_argument('--images', nargs='+', default=[], metavar='NAME=FOLDER', help='also renders of others (see above)')
-    p.add_argument('--inception', metavar='FILE', help='FID: weights of torch-fidelity\'s Inception, or `download`')
-    p.add_argument('--clip', metavar='FILE', help='FID of CLIP ViT-B/32 features: its weights, or `download`')
-    p.add_argument('--judge', nargs='+', default=[], metavar='NAME=FILE', help='TorchScript; csim... by cosine, others by difference')
-    p.add_argument('--consistency', type=int, metavar='N', help='instead: do the views of N generated avatars agree?')
-    p.add_argument('--unconditional', type=int, metavar='N', help='instead: how distinct are N avatars of nobody?')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--device', help='cuda where there is one, else cpu')
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    add('--data', type=Path, default=Path('data'), help='avatars to evaluate')
+    add('--train', type=Path, help='training avatars, for the baselines (default: --data)')
+    add('--fits', type=Path, default=Path('fits'))
+    add('--runs', type=Path, default=Path('runs'))
+    add('--out', type=Path, default=Path('measured'))
+    add('--name', help='of the files written (default: what is measured)')
+    add('--count', type=int, help='only this many avatars, evenly spread')
+    add('--rows', nargs='+', choices=ROWS, help='only these, of: ' + ' '.join(ROWS))
+    add('--views', type=int, default=6, help='held-out views of each')
+    add('--downscale', type=int, default=1, help='average images of --data down by this factor')
+    add('--no-truth', action='store_true', help="a picture without the data set's own images")
+    add('--guidance', type=float, nargs='+', help='of the base model (default: its own)')
+    add('--steps', type=int, nargs='+', help='sampling steps of each model (default: its own)')
+    fitting = "of fitting to the portrait (see likeness.py); 0: none (default: the model's own)"
+    add('--refine', type=int, metavar='STEPS', help=fitting)
+    disturbed = 'also portraits shifted, scaled, on other backgrounds'
+    add('--disturb', type=Path, metavar='FOLDER', help=disturbed)
+    others = 'also renders of others (see above)'
+    add('--images', nargs='+', default=[], metavar='NAME=FOLDER', help=others)
+    inception = "FID: weights of torch-fidelity's Inception, or `download`"
+    add('--inception', metavar='FILE', help=inception)
+    clip = 'FID of CLIP ViT-B/32 features: its weights, or `download`'
+    add('--clip', metavar='FILE', help=clip)
+    judges = 'TorchScript; csim... by cosine, others by difference'
+    add('--judge', nargs='+', default=[], metavar='NAME=FILE', help=judges)
+    agree = 'instead: do the views of N generated avatars agree?'
+    add('--consistency', type=int, metavar='N', help=agree)
+    distinct = 'instead: how distinct are N avatars of nobody?'
+    add('--unconditional', type=int, metavar='N', help=distinct)
+    add('--seed', type=int, default=0)
+    add('--device', help='cuda where there is one, else cpu')
     return p.parse_args(argv)
+
 
 if __name__ == '__main__':
     main(parse())

@@ -1,6 +1,8 @@
-"""Avatars for elsewhere: pictures and films, the viewer (one HTML file that draws the avatar in a browser), meshes for Blender and games.
+"""Avatars for elsewhere: what `sample.py` writes for image viewers, browsers and 3D programs.
 
-The shader of viewer.html holds the decoder as an array of vec4; `pack_decoder` says in which order.
+The chapters: 1 pictures and films; 2 the viewer, one HTML file that draws an avatar in a browser;
+3 meshes, for Blender and games. What is exported is a field with the occupancy grid that says
+where it is to be drawn (see rh.grid_for).
 """
 import base64
 import io
@@ -9,137 +11,302 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 
 import rodinhd as rh
+import running
+
+# 1 Pictures and films -----------------------------------------------------------------------------
+RATE = 12  # frames of a film a second
 
 
 def save_image(path, image, **how):
     """Writes a PIL image, whole or not at all."""
-    with rh.atomic(path) as temporary:
+    with running.atomic(path) as temporary:
         image.save(temporary, **how)
 
-def save_animation(folder, frames):
-    """frames: list of (H, W, 3) uint8 arrays -> turntable.webp, .gif and, with imageio-ffmpeg, .mp4, 12 frames a second; their names."""
-    images = [Image.fromarray(f) for f in frames]
-    save_image(folder / 'turntable.webp', images[0], save_all=True, append_images=images[1:], duration=83, loop=0, quality=85)
-    palette = [i.quantize(128, dither=Image.Dither.NONE) for i in images]
-    save_image(folder / 'turntable.gif', palette[0], save_all=True, append_images=palette[1:], duration=83, loop=0)
+
+def save_loop(path, images, **how):
+    """Writes PIL images as an animation that repeats for ever."""
+    first, *others = images
+    how.update(save_all=True, append_images=others, loop=0)
+    how.update(duration=1000 // RATE)  # of an image, milliseconds
+    save_image(path, first, **how)
+
+
+def save_film(path, frames):
+    """Writes frames, (H, W, 3) uint8 arrays, as .mp4; returns whether imageio-ffmpeg, which does
+    that, is installed."""
     try:
         import imageio_ffmpeg
     except ImportError:
-        return ['turntable.webp', 'turntable.gif']
-    with rh.atomic(folder / 'turntable.mp4') as temporary:
-        film = imageio_ffmpeg.write_frames(str(temporary), images[0].size, fps=12, quality=8, macro_block_size=2, ffmpeg_log_level='error')
-        film.send(None)
+        return False
+
+    height, width, _ = frames[0].shape
+    with running.atomic(path) as temporary:
+        film = imageio_ffmpeg.write_frames(
+            str(temporary),
+            (width, height),
+            fps=RATE,
+            quality=8,
+            macro_block_size=2,
+            ffmpeg_log_level='error',
+        )
+        film.send(None)  # it begins
         for frame in frames:
             film.send(np.ascontiguousarray(frame))
         film.close()
-    return ['turntable.webp', 'turntable.gif', 'turntable.mp4']
+    return True
+
+
+def save_animation(folder, frames):
+    """Writes frames, a list of (H, W, 3) uint8 arrays, as turntable.webp, turntable.gif and, with
+    imageio-ffmpeg, turntable.mp4; returns these names."""
+    images = [Image.fromarray(frame) for frame in frames]
+    save_loop(folder / 'turntable.webp', images, quality=85)
+    palette = [image.quantize(128, dither=Image.Dither.NONE) for image in images]
+    save_loop(folder / 'turntable.gif', palette)
+
+    names = ['turntable.webp', 'turntable.gif']
+    if save_film(folder / 'turntable.mp4', frames):
+        names.append('turntable.mp4')
+    return names
+
+
+# 2 The viewer -------------------------------------------------------------------------------------
+# viewer.html draws an avatar in a fragment shader. The planes are layers of a texture array, and
+# the decoder is an array of vec4: so channels are padded with zeros to groups of four. The shader
+# reads the decoder's rows one after the other, in the order in which pack_decoder puts them.
+VIEWER = Path(__file__).parent / 'viewer.html'
+VIEWER_RESOLUTION = 128  # of the planes, at most: larger files load slowly
+ENCODINGS = 5  # of a value by rh.frequency_encoding: v, sin v, cos v, sin 2v, cos 2v
+
+
+def in_fours(x, groups):
+    """Pads the last axis with zeros to `groups` groups of four."""
+    return F.pad(x, (0, 4 * groups - x.shape[-1]))
+
+
+def encoded_columns(weight, groups):
+    """Reorders the columns of a layer that reads a frequency encoding, (n, 5 C): by channel group
+    first, as the shader computes it, -> (n, groups * 5 * 4)."""
+    by_encoding = weight.view(len(weight), ENCODINGS, -1)  # (n, 5, C)
+    padded = in_fours(by_encoding, groups).view(len(weight), ENCODINGS, groups, 4)
+    return padded.transpose(1, 2).reshape(len(weight), -1)
+
 
 def pack_decoder(decoder):
-    """The decoder's weights as the shader reads them, (vec4s, 4), and the sizes that it is compiled with. Channels are padded with zeros to
-    groups of four."""
-    D, width = decoder.density_channels, decoder.sigma_net[0].out_features
-    C = decoder.color_net[0].in_features - width - 15
-    colour, density, hidden = -(-C // 5 // 4), -(-D // 4), -(-width // 4)
-    def units(weight):                      # (n, width) -> (n * hidden, 4)
-        return torch.nn.functional.pad(weight, (0, 4 * hidden - weight.shape[1])).reshape(-1, 4)
-    def encoded(weight, groups):            # (n, 5 C): [v, sin v, cos v, sin 2v, cos 2v] -> (n, groups, 5, 4)
-        n, channels = len(weight), weight.shape[1] // 5
-        padded = torch.nn.functional.pad(weight.view(n, 5, channels), (0, 4 * groups - channels))
-        return padded.view(n, 5, groups, 4).transpose(1, 2).reshape(n, -1)
+    """Packs the decoder's weights as the shader reads them -> (vec4s, 4), and the constants that
+    the shader is compiled with: COLOUR, DENSITY and HIDDEN are numbers of groups of four."""
     (s1, _, s2), (c1, _, c2, _, c3) = decoder.sigma_net, decoder.color_net
-    directions = torch.nn.functional.pad(c1.weight[:, C + width:].view(-1, 5, 3), (0, 1)).flatten(1)
-    first = torch.cat([encoded(c1.weight[:, :C], colour), units(c1.weight[:, C:C + width]).view(len(c1.weight), -1), directions], dim=1)
-    rows = [encoded(s1.weight, density).reshape(-1, 4), units(s1.bias[None]), units(s2.weight[:1]),
-            torch.nn.functional.pad(s2.bias[:1], (0, 3))[None], units(s2.weight[1:]), units(s2.bias[None, 1:]),
-            first.reshape(-1, 4), units(c2.weight), units(c3.weight)]
-    weights = torch.cat(rows).detach().cpu().float()
-    return weights, {'COLOUR': colour, 'DENSITY': density, 'HIDDEN': hidden, 'MOST': max(colour, density), 'WEIGHTS': len(weights)}
+    width = s1.out_features
+    features = c1.in_features - width - 3 * ENCODINGS  # encoded colour features
+    colour = -(-features // ENCODINGS // 4)
+    density = -(-decoder.density_channels // 4)
+    hidden = -(-width // 4)
 
-def pack_planes(planes, decoder, sizes):
-    """Planes (3, C, R, R) as layers of a texture array, (3 groups, R, R, 4) in fp16: of each plane the colour, then the density groups."""
+    # The first colour layer reads the colour features, the geometry feature and the direction.
+    of_features, of_geometry, of_direction = c1.weight.split(
+        [features, width, 3 * ENCODINGS], dim=1
+    )
+    first = [
+        encoded_columns(of_features, colour),
+        in_fours(of_geometry, hidden),
+        encoded_columns(of_direction, 1),
+    ]
+    rows = [
+        encoded_columns(s1.weight, density),
+        in_fours(s1.bias, hidden),
+        in_fours(s2.weight[:1], hidden),  # the density
+        in_fours(s2.bias[:1], 1),
+        in_fours(s2.weight[1:], hidden),  # the geometry feature
+        in_fours(s2.bias[1:], hidden),
+        torch.cat(first, dim=1),
+        in_fours(c2.weight, hidden),
+        in_fours(c3.weight, hidden),
+    ]
+    weights = torch.cat([row.reshape(-1, 4) for row in rows]).detach().cpu().float()
+    constants = {
+        'COLOUR': colour,
+        'DENSITY': density,
+        'HIDDEN': hidden,
+        'MOST': max(colour, density),
+        'WEIGHTS': len(weights),
+    }
+    return weights, constants
+
+
+def pack_planes(planes, decoder, constants):
+    """Packs planes (3, C, R, R) as layers of a texture array, (3 * groups, R, R, 4) in fp16: of
+    each plane the groups of colour channels, then those of density channels."""
     D = decoder.density_channels
-    parts = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 4 * groups - part.shape[1]))
-             for part, groups in ((planes[:, :-D], sizes['COLOUR']), (planes[:, -D:], sizes['DENSITY']))]
-    packed = torch.cat(parts, dim=1).unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2)                   # (3, groups, R, R, 4)
-    return packed.flatten(0, 1).half().contiguous()
+    last = planes.permute(0, 2, 3, 1)  # (3, R, R, C)
+    colour = in_fours(last[..., :-D], constants['COLOUR'])
+    density = in_fours(last[..., -D:], constants['DENSITY'])
+    grouped = torch.cat([colour, density], dim=-1).unflatten(-1, (-1, 4))
+    layers = grouped.permute(0, 3, 1, 2, 4)  # (3, groups, R, R, 4)
+    return layers.flatten(0, 1).half().contiguous()
 
-def base64_of(data):
-    """Bytes, a tensor or a PIL image (as WebP, with its MIME type) as base64 text."""
-    if isinstance(data, torch.Tensor):
-        data = data.cpu().contiguous().numpy().tobytes()
-    if isinstance(data, bytes):
-        return base64.b64encode(data).decode()
+
+def pack_bits(cells):
+    """Packs cells, a bool tensor, into bytes: eight cells each, the first in the highest bit."""
+    bits = cells.cpu().flatten().to(torch.uint8).view(-1, 8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    return (bits << shifts).sum(1).to(torch.uint8)
+
+
+def base64_of(tensor):
+    """The bytes of a tensor as base64 text."""
+    data = tensor.cpu().contiguous().numpy().tobytes()
+    return base64.b64encode(data).decode()
+
+
+def url_of(image):
+    """A PIL image as a data URL, in WebP."""
     with io.BytesIO() as file:
-        data.save(file, 'WEBP', quality=80)
-        return 'data:image/webp;base64,' + base64.b64encode(file.getvalue()).decode()
+        image.save(file, 'WEBP', quality=80)
+        data = base64.b64encode(file.getvalue()).decode()
+    return f'data:image/webp;base64,{data}'
+
 
 def write_viewer(path, planes, decoder, grid, frames, portrait=None):
-    """One avatar as an HTML file that opens offline. planes (3, C, R, R), larger than 128 x 128 drawn at 128; grid: what to draw;
-    frames: PIL images of a turntable, for browsers without WebGL2 and until it has begun; portrait: a PIL image."""
-    assert decoder.sigma_net[0].out_features % 4 == 0, 'the viewer needs a decoder width that divides by four'
-    R = min(planes.shape[-1], 128)
-    weights, sizes = pack_decoder(decoder)
-    bits = grid.occupied.cpu().flatten().to(torch.uint8)
-    packed = (bits.view(-1, 8) << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1).to(torch.uint8)
-    layers = pack_planes(rh.resize_planes(planes.cpu().float(), R).clamp(-1, 1), decoder, sizes)
-    data = {'planes': base64_of(layers), 'layers': len(layers), 'resolution': R, 'weights': base64_of(weights), 'shader': sizes,
-            'occupied': base64_of(packed), 'grid': grid.G, 'steps': grid.steps, 'fov': 34.0,
-            'frames': [base64_of(frame) for frame in frames], 'portrait': base64_of(portrait) if portrait else None}
-    page = (Path(__file__).parent / 'viewer.html').read_text(encoding='utf-8')
-    with rh.atomic(path) as temporary:
-        temporary.write_text(page.replace('const DATA = null;', f'const DATA = {json.dumps(data)};'), encoding='utf-8')
+    """Writes one avatar as an HTML file that opens offline.
+
+    planes (3, C, R, R) larger than 128 x 128 are drawn at 128; grid says what to draw. frames are
+    PIL images of a turntable, for browsers without WebGL2 and until it has begun; portrait is a
+    PIL image that is shown in a corner.
+    """
+    width = decoder.sigma_net[0].out_features
+    assert width % 4 == 0, 'the viewer needs a decoder width that divides by four'
+
+    weights, constants = pack_decoder(decoder)
+    constants['PLANE_DIVISOR'] = rh.PLANE_DIVISOR
+    R = min(planes.shape[-1], VIEWER_RESOLUTION)
+    small = rh.resize_planes(planes.cpu().float(), R).clamp(-1, 1)
+    layers = pack_planes(small, decoder, constants)
+    data = {
+        'planes': base64_of(layers),
+        'layers': len(layers),
+        'resolution': R,
+        'weights': base64_of(weights),
+        'shader': constants,
+        'occupied': base64_of(pack_bits(grid.occupied)),
+        'grid': grid.G,
+        'steps': grid.steps,
+        'fov': rh.PORTRAIT_FOV,
+        'frames': [url_of(frame) for frame in frames],
+        'portrait': url_of(portrait) if portrait else None,
+    }
+    page = VIEWER.read_text(encoding='utf-8')
+    page = page.replace('const DATA = null;', f'const DATA = {json.dumps(data)};')
+    with running.atomic(path) as temporary:
+        temporary.write_text(page, encoding='utf-8')
+
+
+# 3 Meshes -----------------------------------------------------------------------------------------
+# Marching cubes finds where the density crosses a level; the decoder colours what it finds, as it
+# is seen along the normal.
+DENSITIES = 2**18  # points that the decoder is asked for in one go
+COLOURS = 2**16  # the same for their colours
+AIR = 1e-3  # a density that counts as none
+
 
 @torch.no_grad()
 def density_lattice(field, grid, N):
-    """Density at the N^3 points of a lattice over the box, (N, N, N), and zero where the occupancy grid is empty."""
-    axis, sigma = torch.linspace(-1, 1, N, device=grid.values.device), torch.zeros(N ** 3)
-    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing='ij'), dim=-1).view(-1, 3)
+    """Returns the density at the N^3 points of a lattice over the box, (N, N, N), on the CPU; it
+    is zero where the occupancy grid is empty."""
+    axis = torch.linspace(-1, 1, N, device=grid.values.device)
+    lattice = torch.meshgrid(axis, axis, axis, indexing='ij')
+    points = torch.stack(lattice, dim=-1).view(-1, 3)
     near = grid.near_occupied.view(-1)
-    for part in torch.arange(N ** 3).split(2 ** 18):
+
+    sigma = torch.zeros(N**3)
+    for part in torch.arange(N**3).split(DENSITIES):
         inside = near[grid.cell(points[part])].cpu()
         if inside.any():
-            sigma[part[inside]] = field(points[part[inside]])[0].float().cpu()
+            some = part[inside]
+            sigma[some] = field(points[some])[0].float().cpu()
     return sigma.view(N, N, N)
 
-@torch.no_grad()
-def mesh_of(field, grid, N=192, level=10.0, triangles=None):
-    """A field as a trimesh.Trimesh in the unit cube [-1, 1]^3, Z up, face along -Y: marching cubes of the density at `level`, its largest
-    component, coloured as seen along the normal; at most about `triangles` triangles."""
+
+def mesh_packages():
+    """Returns trimesh and scikit-image's marching_cubes; ends in one line where they are not
+    installed."""
     try:
         import trimesh
-        from scipy import ndimage
         from skimage.measure import marching_cubes
     except ImportError as error:
-        rh.stop(f'a mesh needs the {error.name} package: pip install scikit-image trimesh fast-simplification')
-    sigma = density_lattice(field, grid, N)
+        rh.stop(
+            f'a mesh needs the {error.name} package: '
+            'pip install scikit-image trimesh fast-simplification'
+        )
+    return trimesh, marching_cubes
+
+
+def log_density(sigma, level):
+    """Returns the log of a density (N, N, N), which is nearly linear across a surface, of its
+    largest component above `level` and in a frame of air, (N + 2, N + 2, N + 2)."""
     labels, count = ndimage.label(sigma.numpy() > level)
     if not count:
         rh.stop(f'a mesh: nothing in this avatar is denser than {level:g}')
     largest = np.bincount(labels.ravel())[1:].argmax() + 1
     solid = ndimage.binary_dilation(labels == largest, iterations=2)
-    log = np.where(solid, np.log(sigma.clamp(min=1e-3)), np.log(1e-3))  # log density is nearly linear across the surface
-    vertices, faces, _, _ = marching_cubes(np.pad(log, 1, constant_values=np.log(1e-3)), np.log(level))
-    mesh = trimesh.Trimesh((vertices - 1) * (2 / (N - 1)) - 1, faces[:, ::-1], process=True)
-    mesh = max(mesh.split(only_watertight=False), key=lambda part: len(part.faces))
-    if triangles and len(mesh.faces) > triangles:
-        try:
-            mesh = mesh.simplify_quadric_decimation(face_count=triangles)
-        except ImportError as error:
-            rh.stop(f'fewer triangles need the {error.name} package: pip install fast-simplification')
-    device = grid.values.device
-    points = torch.tensor(np.asarray(mesh.vertices), dtype=torch.float32, device=device).clamp(-1, 1)
-    normals = torch.tensor(np.asarray(mesh.vertex_normals), dtype=torch.float32, device=device)
-    colours = torch.cat([field(p, -n)[1] for p, n in zip((points - 0.01 * normals).clamp(-1, 1).split(2 ** 16), normals.split(2 ** 16))])
-    mesh.visual.vertex_colors = (colours.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    dense = sigma.clamp(min=AIR).numpy()
+    log = np.where(solid, np.log(dense), np.log(AIR))
+    return np.pad(log, 1, constant_values=np.log(AIR))
+
+
+def simplified(mesh, triangles):
+    """Returns a mesh with at most about `triangles` triangles."""
+    if len(mesh.faces) <= triangles:
+        return mesh
+    try:
+        return mesh.simplify_quadric_decimation(face_count=triangles)
+    except ImportError as error:
+        rh.stop(
+            f'fewer triangles need the {error.name} package: pip install fast-simplification'
+        )
+
+
+def vertex_colours(field, mesh, device):
+    """Returns the colours (V, 3) uint8 of a mesh's vertices: those of the field a little below
+    them, seen along the normal."""
+    points = torch.tensor(np.asarray(mesh.vertices), dtype=torch.float32, device=device)
+    normals = np.asarray(mesh.vertex_normals)
+    normals = torch.tensor(normals, dtype=torch.float32, device=device)
+    below = (points.clamp(-1, 1) - 0.01 * normals).clamp(-1, 1)
+    parts = zip(below.split(COLOURS), normals.split(COLOURS))
+    colours = torch.cat([field(some, -normal)[1] for some, normal in parts])
+    return (colours.clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+@torch.no_grad()
+def mesh_of(field, grid, N=192, level=10.0, triangles=None):
+    """Makes a trimesh.Trimesh of a field, in the unit cube [-1, 1]^3, Z up, face along -Y: the
+    surface where the density on a lattice of N^3 points crosses `level`, of its largest component,
+    with coloured vertices, and at most about `triangles` triangles."""
+    trimesh, marching_cubes = mesh_packages()
+    volume = log_density(density_lattice(field, grid, N), level)
+    vertices, faces, _, _ = marching_cubes(volume, np.log(level))
+    vertices = (vertices - 1) * (2 / (N - 1)) - 1  # from indices into the volume
+    mesh = trimesh.Trimesh(vertices, faces[:, ::-1], process=True)
+
+    parts = mesh.split(only_watertight=False)
+    mesh = max(parts, key=lambda part: len(part.faces))
+    if triangles:
+        mesh = simplified(mesh, triangles)
+    mesh.visual.vertex_colors = vertex_colours(field, mesh, grid.values.device)
     return mesh
 
+
 def write_mesh(path, mesh):
-    """A mesh as .glb (Y up, as glTF wants it), .ply or .obj (Z up); units are those of the unit cube."""
-    path, mesh = Path(path), mesh.copy()
+    """Writes a mesh as .glb (Y up, as glTF wants it), .ply or .obj (Z up); units are those of the
+    unit cube."""
+    path = Path(path)
+    mesh = mesh.copy()
     if path.suffix == '.glb':
         mesh.apply_transform([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
-    with rh.atomic(path) as temporary:
+    with running.atomic(path) as temporary:
         mesh.export(temporary)

@@ -1,15 +1,20 @@
-"""Stage 1: posed images -> triplanes and the decoder that they share (section 3.1, Algorithm 1).
+"""Stage 1: posed images -> triplanes, and the decoder that they share (section 3.1, Algorithm 1).
 
-    python fit.py --decoder                                    the decoder, on a subset of the avatars (task replay + IWC)
-    python fit.py --decoder --init weights                     the same, beginning with the decoder that ships
-    python fit.py                                              planes of all avatars under the frozen decoder
-    torchrun --standalone --nproc_per_node=8 fit.py ...        one avatar a GPU at a time; several machines: torchrun --nnodes
-    python fit.py --decoder --data lego --downscale 2 --seconds 200     one scene in NeRF-synthetic format with its own decoder
+    python fit.py --decoder                     the decoder, on some of the avatars (task replay)
+    python fit.py --decoder --init weights      the same, beginning with the decoder that ships
+    python fit.py                               planes of all avatars under the frozen decoder
+    torchrun --standalone --nproc_per_node=8 fit.py ...
+                                                an avatar a GPU at a time (machines: --nnodes)
+    python fit.py --decoder --data lego --downscale 2 --seconds 200
+                                                one NeRF-synthetic scene with a decoder of its own
 
-Reads data/<id>/, writes fits/decoder.pt, fits/<id>.pt (fp16 planes), held-out PSNR (decoder.json, fit.json). Goes on if interrupted.
+Reads data/<id>/. Writes fits/decoder.pt, fits/<id>.pt (fp16 planes) and the PSNR of held-out views
+(decoder.json, fit.json). The same command goes on after an interruption.
 """
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import shutil
 import zlib
@@ -20,230 +25,455 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import rodinhd as rh
+import running
+import scenes
 
-SETTINGS = ('resolution', 'base_resolution', 'grid', 'steps', 'fit_steps', 'rays', 'lr_planes', 'weight_tv', 'weight_l2',
-            'weight_empty', 'rescale')                                          # that an avatar's planes depend on
+SETTINGS = (  # that an avatar's planes depend on, under a given decoder
+    'resolution', 'base_resolution', 'grid', 'steps', 'fit_steps', 'rays', 'lr_planes',
+    'weight_tv', 'weight_l2', 'weight_empty', 'rescale', 'coarse_to_fine', 'hull_start',
+    'silhouette_rays', 'regulariser_every', 'cull', 'planes_final_lr', 'mean_start',
+)
 
-def load(folder, args):
-    """Training views, held-out views (or None) and box of an avatar."""
-    box = rh.read_box(folder)
-    return rh.load_views(folder, 'train', box, args.downscale), rh.load_views(folder, 'test', box, args.downscale, args.held_out), box
+
+# Avatars and decoders -----------------------------------------------------------------------------
+def training_views(folder, args):
+    return scenes.load_views(folder, 'train', scenes.read_box(folder), args.downscale)
+
+
+def held_out_views(folder, args, most):
+    """At most so many held-out views of an avatar; None where it has none."""
+    box = scenes.read_box(folder)
+    return scenes.load_views(folder, 'test', box, args.downscale, most)
+
 
 def load_decoder(folder, config, device):
     """The decoder of a folder, frozen; stops where it has other sizes than config."""
-    decoder = rh.load_model('decoder', folder, device)
-    if differing := [k for k in ('channels', 'decoder_width') if getattr(decoder.config, k) != getattr(config, k)]:
-        rh.stop(f'{folder}/decoder.pt: has other {" and ".join(differing)}; use --preset {decoder.config.preset}, or train it again')
+    decoder = running.load_model('decoder', folder, device)
+    for name in ('channels', 'decoder_width'):
+        theirs = getattr(decoder.config, name)
+        ours = getattr(config, name)
+        if theirs != ours:
+            rh.stop(f'{folder}/decoder.pt: {name} is {theirs}, not {ours}; '
+                    f'use --preset {decoder.config.preset}, or train it again')
     return decoder
 
-@torch.no_grad()
-def new_planes(decoder, generator):
-    """Planes (3, C, R/4, R/4) where the first visit to an avatar starts: 0.1 N(0, 1), around the smallest density feature that the decoder
-    takes for a light fog (sigma 1 to 5). Around zero, a trained decoder sees thin air or a wall, and there is no gradient in either."""
-    (_, C, r, _), D, device = decoder.start.shape, decoder.density_channels, decoder.start.device
-    features = torch.zeros(2 ** 14, C)
-    features[:, -D:] = (2 * torch.rand(2 ** 14, D, generator=generator) - 1) * torch.linspace(0, 1, 2 ** 14)[:, None]
-    sigma = decoder(features.to(device))[0].cpu()
-    best = (features.norm(dim=1) + 10 * ((sigma + 1e-9).log() - 0.8).abs().sub(0.8).clamp(min=0)).argmin()
-    return (features[best] + 0.1 * torch.randn(3, r, r, C, generator=generator)).permute(0, 3, 1, 2)
 
-def average_gradients(parameters, active=True):
-    """Averages gradients over the ranks that are active; a rank that has nothing to do gives zeros and waits for no one."""
-    parameters = list(parameters)
-    if dist.get_world_size() == 1:
-        return
-    flat = torch.cat([(p.grad if p.grad is not None and active else torch.zeros_like(p)).reshape(-1) for p in parameters]
-                     + [torch.tensor([float(active)], device=parameters[0].device)])
-    dist.all_reduce(flat)
-    flat /= flat[-1].clamp(min=1).item()
-    for p, g in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
-        p.grad = g.view_as(p).clone()
+def fingerprint(decoder):
+    """A number that tells decoders apart: planes mean nothing under another one."""
+    return zlib.crc32(b''.join(p.detach().cpu().numpy().tobytes() for p in decoder.parameters()))
 
+
+def write_planes(path, planes, box, config, decoder, scores, settings):
+    """One avatar's file: planes and low-resolution planes in fp16, its box, the PSNR of held-out
+    views, and what it was fitted with."""
+    planes = planes.cpu()
+    centre, half = box
+    running.write_checkpoint(path, 'planes', {
+        'planes': planes.contiguous().half(),
+        'low': rh.resize_planes(planes, config.base_resolution).half(),
+        'centre': centre,
+        'half': half,
+        'psnr': scores,
+        'decoder': fingerprint(decoder),
+        'settings': settings,
+    })
+
+
+def finished(path, decoder, settings):
+    """The content of an avatar's file, or None if it was not fitted under this decoder.
+
+    Stops if it was fitted with other settings.
+    """
+    if not path.exists():
+        return None
+    saved = running.read_checkpoint(path, 'planes')
+    if saved.get('decoder') != fingerprint(decoder):
+        return None
+    if names := running.differing(settings, saved['settings']):
+        rh.stop(f'{path}: was fitted with other settings ({", ".join(names)}); '
+                'delete it, or give another folder with --fits')
+    return saved
+
+
+# Measuring ----------------------------------------------------------------------------------------
 def held_out_psnr(field, views, config, grid):
-    """PSNR of each held-out view, a list."""
-    (height, width), device = views.images.shape[1:3], grid.values.device
-    return [rh.psnr(rh.render_view(field, c2w.to(device), k.to(device), height, width, config.steps, grid)[0].cpu(), rh.on_white(image))
-            for image, c2w, k in zip(views.images, views.c2w, views.intrinsics)]
+    """PSNR of each of the held-out views, a list."""
+    height, width = views.images.shape[1:3]
+    device = grid.values.device
+    scores = []
+    for image, c2w, intrinsics in zip(*views[:3]):
+        camera = c2w.to(device), intrinsics.to(device)
+        shown = rh.render_view(field, *camera, height, width, config.steps, grid).rgb
+        scores.append(rh.psnr(shown.cpu(), rh.on_white(image)))
+    return scores
+
 
 def visit_psnr(saved, views, decoder, config):
-    """held_out_psnr of an avatar as its last visit left it ('visit' checkpoint), under the decoder of this moment."""
+    """held_out_psnr of an avatar as its last visit left it, under the decoder of this moment."""
     device = next(decoder.parameters()).device
     grid = rh.OccupancyGrid(config.grid, config.steps, device)
     grid.values = saved['grid'].to(device)
     grid.refresh()
     return held_out_psnr(rh.PlaneField(saved['planes'].to(device), decoder), views, config, grid)
 
-def fingerprint(decoder):
-    """A number that tells decoders apart: planes mean nothing under another one."""
-    return zlib.crc32(b''.join(p.detach().cpu().numpy().tobytes() for p in decoder.parameters()))
-
-def write_planes(path, planes, box, config, decoder, scores, settings):
-    """One avatar's file: planes and low-resolution planes in fp16, box, held-out PSNR, and what it was fitted with."""
-    low, planes = rh.resize_planes(planes.cpu(), config.base_resolution), planes.cpu().contiguous()
-    rh.write_checkpoint(path, 'planes', {'planes': planes.half(), 'low': low.half(), 'centre': box[0], 'half': box[1],
-                                         'psnr': scores, 'decoder': fingerprint(decoder), 'settings': settings})
-
-def finished(path, decoder, settings):
-    """The content of an avatar's file if it was fitted under this decoder; stops if that was with other settings."""
-    saved = rh.read_checkpoint(path, 'planes') if path.exists() else {}
-    if saved.get('decoder') != fingerprint(decoder):
-        return None
-    if differing := [k for k in settings if settings[k] != saved['settings'].get(k, False)]:
-        rh.stop(f'{path}: was fitted with other settings ({", ".join(differing)}); delete it, or give another folder with --fits')
-    return saved
 
 def summary(args, name, scores):
-    """Gathers {avatar: held-out PSNRs} of all ranks; rank 0 prints the table and writes it as JSON."""
+    """Gathers {avatar: PSNRs} of all ranks; rank 0 prints the means and writes them as JSON."""
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, scores)
-    if dist.get_rank() == 0:
-        table = {k: sum(v) / len(v) for part in gathered for k, v in sorted(part.items()) if v}
-        print(*(f'{key:32s} {value:6.2f} dB' for key, value in table.items()), sep='\n')
-        if table:
-            print(f'{"mean held-out PSNR":32s} {sum(table.values()) / len(table):6.2f} dB over {len(table)} avatars')
-        with rh.atomic(args.fits / f'{name}.json') as temporary:
-            temporary.write_text(json.dumps({'psnr': table}, indent=1))
+    if dist.get_rank() > 0:
+        return
+    table = {}
+    for part in gathered:
+        for avatar, values in sorted(part.items()):
+            if values:
+                table[avatar] = sum(values) / len(values)
+    for avatar, value in table.items():
+        print(f'{avatar:32s} {value:6.2f} dB')
+    if table:
+        mean = sum(table.values()) / len(table)
+        print(f'{"mean held-out PSNR":32s} {mean:6.2f} dB over {len(table)} avatars')
+    with running.atomic(args.fits / f'{name}.json') as temporary:
+        temporary.write_text(json.dumps({'psnr': table}, indent=1))
+
+
+# The decoder --------------------------------------------------------------------------------------
+class Tasks:
+    """The avatars of stage 1, as rodinhd.replay asks for them: on disk between their visits.
+
+    Each rank visits every world-th avatar. There are two sets of files in turn, 0/ and 1/, of
+    which a round of visits reads one and writes the other: a round that is repeated after an
+    interruption finds what it read.
+    """
+    def __init__(self, args, folders, decoder, config, begin):
+        self.args = args
+        self.folders = folders
+        self.decoder = decoder
+        self.config = config
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.state = args.fits / 'decoder-state'
+        self.rounds = -(-len(folders) // self.world)
+        self.terms = {}  # of the loss, as they were reported last
+        self.bar = tqdm(
+            total=config.outer * self.rounds,
+            initial=begin,
+            disable=self.rank > 0,
+            desc='decoder',
+        )
+
+    def place(self, n):
+        """Number of the avatar of visit n; those from len(folders) on do not exist."""
+        return n % self.rounds * self.world + self.rank
+
+    def path(self, place, outer):
+        """The file that an avatar's visit number `outer` leaves."""
+        return self.state / str(outer % 2) / f'{self.folders[place].name}.pt'
+
+    def load(self, n):
+        place = self.place(n)
+        outer = n // self.rounds
+        if place >= len(self.folders):
+            return None
+        views = training_views(self.folders[place], self.args)
+        if outer > 0:
+            saved = running.read_checkpoint(self.path(place, outer - 1), 'visit')
+            device = next(self.decoder.parameters()).device
+            memory = {
+                kind: {name: x.to(device) for name, x in tensors.items()}
+                for kind, tensors in saved['memory'].items()
+            }
+            return rh.Task(views, saved['planes'], memory)
+        if self.args.init:
+            return rh.Task(views, self.decoder.start, None)
+        generator = torch.Generator().manual_seed(self.args.seed + place)
+        return rh.Task(views, rh.new_planes(self.decoder, self.config, generator), None)
+
+    def keep(self, n, visit):
+        running.write_checkpoint(self.path(self.place(n), n // self.rounds), 'visit', {
+            'planes': visit.planes.cpu(),
+            'memory': visit.memory,
+            'grid': visit.grid.values.cpu(),
+        })
+
+    def average(self, active):
+        running.average_gradients(self.decoder.parameters(), active)
+
+    def report(self, n, done, terms):
+        self.terms = terms if done == 0 else self.terms | terms
+        name = self.folders[self.place(n)].name
+        self.bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {terms["rgb"]:.5f}')
+
 
 def fit_decoder(args, config, rank, world, device):
-    """Task replay: outer rounds of short visits, one avatar a rank; the decoder's gradients are averaged over the ranks (Algorithm 1)."""
-    folders = rh.list_avatars(args.data)
+    """The first stage: rodinhd.replay over a subset of the avatars, resumable after each visit."""
+    # A subset that is spread, so that neighbours in name do not crowd it
+    folders = scenes.list_avatars(args.data)
     count = min(config.fit_avatars, len(folders))
-    folders = [folders[i * len(folders) // count] for i in range(count)]        # spread, so that neighbours in name do not crowd it
-    outer, inner = (config.outer, config.inner) if count > 1 else (1, config.outer * config.inner)     # one avatar cannot be forgotten
-    folder, config_dict = args.fits / 'decoder-state', {**vars(config), 'seed': args.seed, 'downscale': args.downscale, 'ranks': world,
-                          'seconds': args.seconds, 'init': str(args.init), 'avatars': [path.name for path in folders]}
-    if (args.fits / 'decoder.pt').exists() and not folder.exists() and rh.load_model('decoder', args.fits, device).config == config:
-        return print(f'{args.fits}/decoder.pt is trained with these settings already; delete it to train again')
-    decoder = load_decoder(args.init, config, device).requires_grad_(True) if args.init else rh.Decoder(config).to(device)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=config.lr_decoder, betas=(0.9, 0.99), eps=1e-15, weight_decay=config.weight_decay)
-    begin, history, rounds = 0, [], -(-count // world)
-    if (folder / 'state.pt').exists():                                          # an interrupted run: go on after its last round
-        state = rh.read_checkpoint(folder / 'state.pt', 'decoder-state')
-        if differing := [k for k in config_dict if config_dict[k] != state['config'].get(k)]:
-            rh.stop(f'{folder}: an interrupted run with other settings ({", ".join(differing)}); delete the folder to start anew')
-        decoder.load_state_dict(state['decoder'])
-        optimizer.load_state_dict(state['optimizer'])
-        begin, history = state['done'], state['history']
-    for p in decoder.parameters():                                              # all ranks start from rank 0's weights
+    folders = [folders[i * len(folders) // count] for i in range(count)]
+    schedule = config
+    if count == 1:  # a single avatar cannot be forgotten: one long visit
+        schedule = dataclasses.replace(config, outer=1, inner=config.outer * config.inner)
+
+    state_path = args.fits / 'decoder-state' / 'state.pt'
+    if already_trained(args, config, device):
+        print(f'{args.fits}/decoder.pt is trained with these settings already; '
+              'delete it to train again')
+        return
+
+    if args.init:
+        decoder = load_decoder(args.init, config, device).requires_grad_(True)
+    else:
+        decoder = rh.Decoder(config).to(device)
+    optimizer = torch.optim.Adam(
+        decoder.parameters(),
+        lr=config.lr_decoder,
+        betas=(0.9, 0.99),
+        eps=1e-15,
+        weight_decay=config.weight_decay,
+    )
+    settings = {
+        **vars(config),
+        'seed': args.seed,
+        'downscale': args.downscale,
+        'ranks': world,
+        'seconds': args.seconds,
+        'init': str(args.init),
+        'avatars': [path.name for path in folders],
+    }
+    begin, history = resume(state_path, settings, decoder, optimizer)
+    for p in decoder.parameters():  # all ranks start from rank 0's weights
         dist.broadcast(p.data, 0)
-    bar = tqdm(total=outer * rounds, initial=begin, disable=rank > 0, desc='decoder')
-    for n in range(begin, outer * rounds):
-        e, place = n // rounds, n % rounds * world + rank
-        def before_step(done, n=n, active=place < count):
-            optimizer.param_groups[0]['lr'] = config.lr_decoder * 0.1 ** ((n + done) / (outer * rounds))
-            average_gradients(decoder.parameters(), active)
-        if place < count:
-            terms, name = {}, folders[place].name
-            path = folder / str(e % 2) / f'{name}.pt'                           # two sets in turn: a repeated round finds what it read
-            saved = rh.read_checkpoint(folder / str((e - 1) % 2) / path.name, 'visit') if e else None
-            first = decoder.start if args.init else new_planes(decoder, torch.Generator().manual_seed(args.seed + place))
-            memory = saved and config.weight_iwc and {k: {m: v.to(device) for m, v in d.items()} for k, d in saved['memory'].items()}
-            planes, grid, memory = rh.fit_avatar(
-                load(folders[place], args)[0], saved['planes'] if saved else first, decoder, config, span=(e / outer, (e + 1) / outer),
-                memory=memory or None, steps=None if args.seconds else inner, seconds=args.seconds and args.seconds / outer,
-                seed=args.seed + n, decoder_optimizer=optimizer, sync=before_step, report=lambda done, t, terms=terms, name=name:
-                terms.update(t) or bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
-            rh.write_checkpoint(path, 'visit', {'planes': planes.cpu(), 'memory': memory, 'grid': grid.values.cpu()})
-        else:                                                                   # more ranks than avatars: keep step with the others
-            finite = rh.Finite('decoder')
-            for i in range(inner):
-                before_step(i / inner)
-                if finite(*(p.grad for p in decoder.parameters())):
-                    optimizer.step()
-            optimizer.zero_grad()
+
+    tasks = Tasks(args, folders, decoder, schedule, begin)
+    visits = rh.replay(
+        tasks,
+        decoder,
+        schedule,
+        optimizer=optimizer,
+        begin=begin,
+        seconds=args.seconds and args.seconds / schedule.outer,
+        seed=args.seed,
+    )
+    for n, visit in visits:
         dist.barrier()
         if rank == 0:
-            record = {'visit': n, 'avatar': name, 'fisher_max': max(v.max().item() for v in memory['fisher'].values()), **terms}
-            if args.watch:
-                record['first_avatar_psnr'] = watch(folders[0], folder / str(e % 2), decoder, config, args)
-            history.append(record)
-            rh.write_checkpoint(folder / 'state.pt', 'decoder-state', {'config': config_dict, 'done': n + 1, 'history': history,
-                                'decoder': decoder.state_dict(), 'optimizer': optimizer.state_dict()})
-        bar.update()
-    bar.close()
-    last = folder / str((outer - 1) % 2)
-    if rank == 0:
-        visits = (rh.read_checkpoint(last / f'{path.name}.pt', 'visit')['planes'] for path in folders)
-        decoder.start = sum(rh.resize_planes(planes, config.resolution // 4) for planes in visits).to(device) / count
-        rh.write_model(args.fits / 'decoder.pt', 'decoder', config, decoder.state_dict(), outer * rounds)
-        with rh.atomic(args.fits / 'decoder.jsonl') as temporary:
-            temporary.write_text(''.join(json.dumps(r) + '\n' for r in history))
-    measure_decoder(folders, last, decoder, config, args, config_dict)
-    if rank == 0:                                                               # at once: half of it would be taken for another run
-        shutil.rmtree(done := folder.with_name('.decoder-state.done'), ignore_errors=True)
-        shutil.rmtree(folder.rename(done), ignore_errors=True)
+            history.append(record_of(tasks, n, visit))
+            running.write_checkpoint(state_path, 'decoder-state', {
+                'config': settings,
+                'done': n + 1,
+                'history': history,
+                'decoder': decoder.state_dict(),
+                'optimizer': optimizer.state_dict(),
+            })
+        tasks.bar.update()
+    tasks.bar.close()
 
-def measure_decoder(folders, last, decoder, config, args, settings):
-    """Held-out PSNR of the planes in folder `last` under the finished decoder; a lone scene's are written: it is done."""
+    if rank == 0:
+        write_decoder(tasks, config, history)
+    measure_decoder(tasks, config, settings)
+    if rank == 0:  # at once: half of the folder would be taken for another run
+        done = state_path.parent.with_name('.decoder-state.done')
+        shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(state_path.parent.rename(done), ignore_errors=True)
+
+
+def already_trained(args, config, device):
+    """Whether fits/decoder.pt is there, finished, and of this config."""
+    if not (args.fits / 'decoder.pt').exists() or (args.fits / 'decoder-state').exists():
+        return False
+    return running.load_model('decoder', args.fits, device).config == config
+
+
+def resume(path, settings, decoder, optimizer):
+    """Takes up an interrupted run, if any -> the visit to go on with, and the history so far."""
+    if not path.exists():
+        return 0, []
+    state = running.read_checkpoint(path, 'decoder-state')
+    if names := running.differing(settings, state['config']):
+        rh.stop(f'{path.parent}: an interrupted run with other settings ({", ".join(names)}); '
+                'delete the folder to start anew')
+    decoder.load_state_dict(state['decoder'])
+    optimizer.load_state_dict(state['optimizer'])
+    return state['done'], state['history']
+
+
+def record_of(tasks, n, visit):
+    """What decoder.jsonl says of a visit of rank 0."""
+    fisher = visit.memory['fisher']
+    record = {
+        'visit': n,
+        'avatar': tasks.folders[tasks.place(n)].name,
+        'fisher_max': max(x.max().item() for x in fisher.values()),
+        **tasks.terms,
+    }
+    if tasks.args.watch:
+        record['first_avatar_psnr'] = first_avatar_psnr(tasks, n // tasks.rounds)
+    return record
+
+
+def first_avatar_psnr(tasks, outer):
+    """PSNR of the first avatar's planes, as they stand, under the decoder of this moment.
+
+    Over the visits that is the curve of forgetting (Fig. 2).
+    """
+    saved = running.read_checkpoint(tasks.path(0, outer), 'visit')
+    folder = tasks.folders[0]
+    views = held_out_views(folder, tasks.args, 2)
+    if views is None:
+        box = scenes.read_box(folder)
+        views = scenes.load_views(folder, 'train', box, tasks.args.downscale, 2)
+    scores = visit_psnr(saved, views, tasks.decoder, tasks.config)
+    return sum(scores) / len(scores)
+
+
+def write_decoder(tasks, config, history):
+    """Writes the finished decoder, with the mean of all planes as `start`, and its log."""
+    decoder = tasks.decoder
+    device = decoder.start.device
+    total = 0
+    for place in range(len(tasks.folders)):
+        saved = running.read_checkpoint(tasks.path(place, tasks.config.outer - 1), 'visit')
+        total = total + rh.resize_planes(saved['planes'], config.resolution // 4)
+    decoder.start = total.to(device) / len(tasks.folders)
+
+    visits = tasks.config.outer * tasks.rounds
+    path = tasks.args.fits / 'decoder.pt'
+    running.write_model(path, 'decoder', config, decoder.state_dict(), visits)
+    with running.atomic(path.with_suffix('.jsonl')) as temporary:
+        temporary.write_text(''.join(json.dumps(record) + '\n' for record in history))
+
+
+def measure_decoder(tasks, config, settings):
+    """PSNR of held-out views of what the last visits left, under the finished decoder.
+
+    A lone scene's planes are written, too: it is done.
+    """
+    args = tasks.args
     scores = {}
-    for path in folders[dist.get_rank()::dist.get_world_size()]:
-        _, held_out, box = load(path, args)
-        saved = rh.read_checkpoint(last / f'{path.name}.pt', 'visit')
-        scores[path.name] = visit_psnr(saved, held_out, decoder, config) if held_out else []
-        if len(folders) == 1:
-            write_planes(args.fits / f'{path.name}.pt', saved['planes'], box, config, decoder, scores[path.name], settings)
+    for place in range(tasks.rank, len(tasks.folders), tasks.world):
+        folder = tasks.folders[place]
+        views = held_out_views(folder, args, args.held_out)
+        saved = running.read_checkpoint(tasks.path(place, tasks.config.outer - 1), 'visit')
+        scores[folder.name] = []
+        if views:
+            scores[folder.name] = visit_psnr(saved, views, tasks.decoder, config)
+        if len(tasks.folders) == 1:
+            path = args.fits / f'{folder.name}.pt'
+            box = scenes.read_box(folder)
+            write_planes(
+                path, saved['planes'], box, config, tasks.decoder, scores[folder.name], settings
+            )
     summary(args, 'decoder', scores)
 
-def watch(path, folder, decoder, config, args):
-    """PSNR of the first avatar's planes, as they stand, under the decoder of this moment: the forgetting curve (Fig. 2)."""
-    saved, box = rh.read_checkpoint(folder / f'{path.name}.pt', 'visit'), rh.read_box(path)
-    views = rh.load_views(path, 'test', box, args.downscale, 2) or rh.load_views(path, 'train', box, args.downscale, 2)
-    return sum(scores := visit_psnr(saved, views, decoder, config)) / len(scores)
 
+# Planes -------------------------------------------------------------------------------------------
 def fit_planes(args, config, rank, world, device):
-    """Second stage: the decoder is frozen, avatars are independent, each rank takes every world-th; finished ones are skipped."""
+    """The second stage: avatars are independent under the frozen decoder.
+
+    Each rank takes every world-th; those that are finished are skipped.
+    """
     decoder = load_decoder(args.fits, config, device)
-    scores, folders = {}, rh.list_avatars(args.data)[:args.count]
-    start = new_planes(decoder, torch.Generator().manual_seed(args.seed)) if args.fresh else decoder.start
-    settings = {**{k: getattr(config, k) for k in SETTINGS}, **{k: getattr(args, k) for k in ('seed', 'downscale', 'seconds', 'fresh')}}
+    if config.mean_start and not args.fresh:
+        start = decoder.start
+    else:
+        start = rh.new_planes(decoder, config, torch.Generator().manual_seed(args.seed))
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    for name in ('seed', 'downscale', 'seconds', 'fresh'):
+        settings[name] = getattr(args, name)
+
+    scores = {}
+    folders = scenes.list_avatars(args.data)[:args.count]
     bar = tqdm(folders[rank::world], disable=rank > 0, desc='avatars')
     for folder in bar:
         path = args.fits / f'{folder.name}.pt'
-        with rh.claim(path) as mine:
+        with running.claim(path) as mine:
             if not mine:
                 bar.write(f'{folder.name}: left to another process, which is fitting it')
                 continue
-            if saved := finished(path, decoder, settings):
+            saved = finished(path, decoder, settings)
+            if saved:
                 scores[folder.name] = saved['psnr']
                 continue
-            views, held_out, box = load(folder, args)
-            planes, grid, _ = rh.fit_avatar(
-                views, start, decoder, config, seed=args.seed,
-                steps=None if args.seconds else config.fit_steps, seconds=args.seconds,
-                report=lambda done, t, name=folder.name: bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {t["rgb"]:.5f}'))
-            scores[folder.name] = held_out_psnr(rh.PlaneField(planes, decoder), held_out, config, grid) if held_out else []
-            write_planes(path, planes, box, config, decoder, scores[folder.name], settings)
+
+            box = scenes.read_box(folder)
+            views = scenes.load_views(folder, 'train', box, args.downscale)
+            held_out = held_out_views(folder, args, args.held_out)
+            visit = rh.fit_avatar(
+                views,
+                start,
+                decoder,
+                config,
+                rh.by_seconds(args.seconds) if args.seconds else rh.by_steps(config.fit_steps),
+                seed=args.seed,
+                report=functools.partial(report, bar, folder.name),
+            )
+            scores[folder.name] = []
+            if held_out:
+                field = rh.PlaneField(visit.planes, decoder)
+                scores[folder.name] = held_out_psnr(field, held_out, config, visit.grid)
+            write_planes(path, visit.planes, box, config, decoder, scores[folder.name], settings)
     summary(args, 'fit', scores)
+
+
+def report(bar, name, done, terms):
+    bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {terms["rgb"]:.5f}')
+
 
 def main(args):
     config = rh.make_config(args.preset, args.set)
-    rank, world, device = rh.start(args.device, args.seed)
-    if min(args.downscale, args.held_out, 1 if args.count is None else args.count) < 1 or not (args.seconds is None or args.seconds > 0):
+    rank, world, device = running.start(args.device, args.seed)
+    numbers = [args.downscale, args.held_out]
+    if args.count is not None:
+        numbers.append(args.count)
+    if min(numbers) < 1 or (args.seconds is not None and not args.seconds > 0):
         rh.stop('--downscale, --held-out, --count and --seconds must be positive')
     if args.seconds and world > 1 and args.decoder:
         rh.stop('--seconds with --decoder needs one rank: ranks must agree on the number of steps')
-    with contextlib.nullcontext(True) if rank or not args.decoder else rh.claim(args.fits / 'decoder.pt') as mine:
-        mine or rh.stop(f'{args.fits}/decoder.pt: another process is training it')
-        (fit_decoder if args.decoder else fit_planes)(args, config, rank, world, device)
+
+    if rank == 0:
+        running.print_departures(config)
+    if not args.decoder:
+        fit_planes(args, config, rank, world, device)
+        dist.barrier()
+        return
+    claimed = running.claim(args.fits / 'decoder.pt') if rank == 0 else contextlib.nullcontext(True)
+    with claimed as mine:
+        if not mine:
+            rh.stop(f'{args.fits}/decoder.pt: another process is training it')
+        fit_decoder(args, config, rank, world, device)
         dist.barrier()
 
+
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--decoder', action='store_true', help='train the shared decoder on a subset, instead of all planes')
-    p.add_argument('--init', type=Path, metavar='FOLDER', help='with --decoder: go on from the decoder.pt of another folder (weights)')
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument('--decoder', action='store_true',
+                   help='train the shared decoder on a subset, instead of all planes')
+    p.add_argument('--init', type=Path, metavar='FOLDER',
+                   help='with --decoder: go on from the decoder.pt of another folder (weights)')
     p.add_argument('--preset', default='small', choices=rh.PRESETS)
-    p.add_argument('--data', type=Path, default=Path('data'), help='folder of avatars, or one avatar')
+    p.add_argument('--data', type=Path, default=Path('data'),
+                   help='folder of avatars, or one avatar')
     p.add_argument('--fits', type=Path, default=Path('fits'))
     p.add_argument('--count', type=int, help='only the first COUNT avatars (second stage)')
-    p.add_argument('--seconds', type=float, help='time to fit an avatar, instead of a number of steps')
+    p.add_argument('--seconds', type=float,
+                   help='time to fit an avatar, instead of a number of steps')
     p.add_argument('--downscale', type=int, default=1, help='average images down by this factor')
-    p.add_argument('--held-out', type=int, default=10, help='at most this many held-out views are measured')
-    p.add_argument('--fresh', action='store_true', help='planes begin with noise, not with the mean of those that trained the decoder')
-    p.add_argument('--watch', action='store_true', help='with --decoder: log the PSNR of the first avatar after each visit')
+    p.add_argument('--held-out', type=int, default=10,
+                   help='at most this many held-out views are measured')
+    p.add_argument('--fresh', action='store_true',
+                   help='planes begin with noise, not with the mean of those that trained the '
+                        'decoder')
+    p.add_argument('--watch', action='store_true',
+                   help='with --decoder: log the PSNR of the first avatar after each visit')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--device', help='cuda where there is one, else cpu')
-    p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='override settings of the preset')
+    p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE',
+                   help='override settings of the preset')
     return p.parse_args(argv)
+
 
 if __name__ == '__main__':
     main(parse())

@@ -1,367 +1,394 @@
-"""RodinHD: a portrait becomes a 3D avatar (Zhang et al., ECCV 2024), in one file of plain PyTorch.
+"""RodinHD: a portrait becomes a 3D avatar. The method, whole and alone, in plain PyTorch.
 
-Eleven chapters follow the data, leaves first: grep -n '^# [0-9]' rodinhd.py prints where they start. README.md walks through them.
-Letters: B batch, V views, N rays or points, S samples, C plane channels, R plane resolution (r low), L portrait tokens, T timesteps, G grid
-cells a side, M texels. Planes (B, 3, C, R, R) are xy, xz, yz with (width, height) axes in that order. World Z up, faces look along -Y,
-content in [-1, 1]^3. Cameras are camera-to-world, Blender/OpenGL axes, pixel centres at +0.5. Images are composited on white.
-References: "the paper" is RodinHD (ECCV 2024); Rodin (CVPR 2023); instant-ngp (occupancy grid); EWC; Improved DDPM; Chen 2023; SDXL.
+Ten chapters follow the data, leaves first; `grep -n '^# [0-9]' rodinhd.py` prints where they start.
+There are two walks through them:
+
+    fitting      posed views -> Rays -> march -> sample_planes -> Decoder -> composite -> the losses
+                 of fit_avatar, + consolidation, over the avatars that replay visits in turn
+    generation   portrait -> VAE maps -> PortraitTokens -> BaseUNet (noise to low-resolution planes)
+                 -> UpsampleUNet -> planes -> render_view
+
+Letters, bound once and used in every shape:
+    B batch, V views, N rays or points, S samples along rays, K blocks of samples,
+    C plane channels, R plane resolution, r the low one, M texels, G grid cells a side,
+    P pixels a side of a portrait, L portrait tokens, W width of a token, E width of the time
+    embedding, T timesteps.
+
+Conventions:
+    Planes (B, 3, C, R, R) are xy, xz, yz, with (width, height) axes in that order.
+    In the world Z is up, faces look along -Y, and everything is inside of [-1, 1]^3.
+    Cameras are camera-to-world matrices with Blender's axes (x right, y up, looking down -z);
+    pixel centres are at +0.5. Images are composited on white.
+
+References: "the paper" is RodinHD (Zhang et al., ECCV 2024); Rodin (Wang et al., CVPR 2023);
+instant-ngp (Mueller et al. 2022: occupancy grid); EWC (Kirkpatrick et al. 2017); DDPM (Ho et al.
+2020); Improved DDPM (Nichol and Dhariwal 2021); DDIM (Song et al. 2021); Chen 2023 (schedules).
 """
-import atexit
-import contextlib
 import functools
-import json
+import itertools
 import math
-import os
-import sys
 import time
-import zlib
 from collections import OrderedDict
-from dataclasses import dataclass, fields
-from datetime import timedelta
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple, get_args, get_origin
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-import shortcuts
+# 1 Configuration ----------------------------------------------------------------------------------
+# Every number of the method stands in one dataclass. Its defaults are the paper's (section 4.2 and
+# supplement A); `small` is the model that ships, `tiny` is for tests, and both differ from `paper`
+# in these values alone. What we add to the papers is the last group: `paper` has all of it off.
+Switch = Literal[0, 1]
 
 
-# 1 Configuration ------------------------------------------------------------------------------------------------------
-# Every number of the method in one dataclass. The defaults are the paper's model (supplement A, Tables 5 and 6);
-# `small` is the model that ships, `tiny` is for tests. They differ in these values alone. A checkpoint carries its Config.
 @dataclass
 class Config:
     preset: str = 'paper'
-    channels: int = 32                  # C of the planes: the first 3/4 feed colour, the last 1/4 density
-    resolution: int = 512               # R
-    base_resolution: int = 128          # R of the base diffusion model's planes
-    decoder_width: int = 128
-    grid: int = 128                     # occupancy cells a side
-    steps: int = 1024                   # lattice points along the diagonal of the box
-    fit_avatars: int = 64               # stage 1: avatars that train the decoder
-    inner: int = 5000                   # steps a visit
-    outer: int = 30                     # visits an avatar
-    fit_steps: int = 25000              # stage 2 (planes only): steps an avatar
-    rays: int = 8192                    # rays a step
+
+    # Planes and decoder
+    channels: int = 32  # C: the first 3/4 feed colour, the last 1/4 density
+    resolution: int = 512  # R
+    base_resolution: int = 128  # r, of the planes that the base model makes
+    decoder_width: int = 128  # of the hidden layers
+
+    # Rendering
+    grid: int = 128  # G, occupancy cells a side
+    steps: int = 1024  # lattice points along the diagonal of the box
+
+    # Fitting (section 3.1; Table 5). Stage 1 trains the decoder, stage 2 fits planes under it.
+    # What planes depend on is listed in fit.py, too (SETTINGS).
+    fit_avatars: int = 64  # avatars of stage 1
+    inner: int = 5000  # steps a visit
+    outer: int = 30  # visits an avatar
+    fit_steps: int = 25000  # stage 2: steps an avatar
+    rays: int = 8192  # rays a step
     lr_planes: float = 2e-3
     lr_decoder: float = 2e-4
-    weight_tv: float = 1e-2
-    weight_l2: float = 1e-4
-    weight_empty: float = 5e-2          # log density at points outside the visual hull, where images have alpha
-    weight_iwc: float = 0.1             # lambda of Eq. 3
-    weight_decay: float = 0.0
-    rescale: float = 0.0                # share of the steps that see randomly rescaled planes (Rodin, section 3.1)
-    portrait: int = 256                 # pixels a side
-    vae_widths: tuple = (128, 256, 512, 512)    # VAE; the defaults are SDXL's
-    vae_layers: int = 2
-    vae_latent: int = 4
-    vae_scale: float = 0.13025          # latents times this have unit variance
-    token_width: int = 512
-    pool_width: int = 64
-    base_width: int = 192
-    base_mult: tuple = (1, 1, 2, 3, 4)
-    base_blocks: int = 3
-    base_attention: tuple = (32, 16, 8)  # at these plane heights, to the portrait maps y1, y2, y3 in this order
-    base_aware: tuple = (128,)          # plane heights with 3D-aware convolution
-    roll_out: int = 1                   # 0: the base network sees the planes as channels, and has no 3D-aware convolution
-    tokens: str = 'multi'               # attended to: multi (base y1, y2, y3; upsample y1), single (base y3), none: pooled latent alone
-    positions: int = 0                  # 1: tokens and the texels that attend carry a fixed encoding of where they are
-    aligned: int = 0                    # 1: the upsample network also sees the portrait laid onto the xz plane (shortcuts.py)
-    components: int = 0                 # above 0: networks that predict x_start add what training planes have in common (shortcuts.py)
-    head_width: int = 64
-    base_schedule: str = 'cosine'       # of the paper; linear is DDPM's
-    base_timesteps: int = 1000
-    base_predict: str = 'noise'         # or x_start, which learns within hours where noise takes days: `small` and `tiny`
-    up_width: int = 128
-    up_mult: tuple = (1, 2, 4)
-    up_blocks: int = 2
-    up_body: int = 3                    # [Res, CrossAttn, Res] times this
-    up_head_width: int = 32
-    up_aware: int = 1                   # 0: plain convolution in place of 3D-aware
-    up_degrade: int = 1                 # 0: no condition augmentation
-    up_schedule: str = 'sigmoid'
-    up_timesteps: int = 100
-    condition_drop: float = 0.2         # share of the portraits that training replaces by the null condition
-    sample_steps: int = 10
-    guidance: float = 1.3
+    weight_tv: float = 1e-2  # total variation of the planes
+    weight_l2: float = 1e-4  # magnitude of the planes
+    weight_iwc: float = 0.1  # lambda of Eq. 3
+    weight_decay: float = 0.0  # of the decoder, the alternative in Table 4(a)
+
+    # Portrait. The VAE's three finest maps are y1, y2, y3 (Eq. 7): at 1/2, 1/4 and 1/8 of the
+    # portrait's size, with the first three of vae_widths as channels.
+    portrait: int = 256  # P
+    vae_widths: tuple = (128, 256, 512, 512)  # channels by level; the defaults are SDXL's
+    vae_layers: int = 2  # residual blocks a level
+    vae_latent: int = 4  # channels of the latent
+    vae_scale: float = 0.13025  # latents times this have unit variance
     vae_steps: int = 100000
     vae_batch: int = 32
     vae_lr: float = 1e-4
+    token_width: int = 512  # W
+    pool_width: int = 64  # of the attention that pools the latent to one vector
+    tokens: Literal['multi', 'single', 'none'] = 'multi'
+    # multi: the base network attends to y1, y2, y3, the upsample network to y1 (the paper);
+    # single: the base network to y3 alone; none: both see the pooled latent alone (Table 4b)
+
+    # Base network and its training
+    base_width: int = 192
+    base_mult: tuple = (1, 1, 2, 3, 4)  # width of each level, times base_width
+    base_blocks: int = 3  # residual blocks a level
+    base_attention: tuple = (32, 16, 8)  # plane heights that attend to y1, y2, y3, in this order
+    base_aware: tuple = (128,)  # plane heights with 3D-aware convolution
+    head_width: int = 64  # of an attention head
+    roll_out: Switch = 1  # 0: planes are channels, without 3D-aware convolution (Rodin, Table 2)
+    base_schedule: Literal['cosine', 'sigmoid', 'linear'] = 'cosine'
+    base_timesteps: int = 1000
     base_steps: int = 500000
     base_batch: int = 96
     base_lr: float = 1e-5
+
+    # Upsample network and its training
+    up_width: int = 128
+    up_mult: tuple = (1, 2, 4)
+    up_blocks: int = 2
+    up_body: int = 3  # [residual, attention, residual] times this, at the lowest resolution
+    up_head_width: int = 32
+    up_aware: Switch = 1  # 0: plain convolution in place of 3D-aware
+    up_degrade: Switch = 1  # 0: no condition augmentation
+    up_schedule: Literal['cosine', 'sigmoid', 'linear'] = 'sigmoid'
+    up_timesteps: int = 100
     up_steps: int = 500000
     up_batch: int = 32
     up_lr: float = 1e-5
-    final_lr: float = 1.0               # below 1: warm-up, then a cosine down to this share of the learning rate
-    ema: float = 0.9999
-    patch: int = 64                     # side of the rendered patch of the image-level loss
-    patches: int = 32                   # samples of a batch that get the image-level loss; 0: none
-    patch_grid_updates: int = 16
-    perceptual: str = 'vgg'             # network of the image-level loss: vgg (through lpips) or vae (the project's own encoder)
+    patch: int = 64  # side of the rendered patch of the image-level loss (Eq. 6)
+    patches: int = 32  # samples of a batch that get the image-level loss; 0: none
+    patch_grid_updates: int = 16  # of the occupancy grid that a patch is rendered with; 0: no grid
+    perceptual: Literal['vgg', 'vae'] = 'vgg'  # network of that loss: by lpips, or our own VAE's
 
-CHOICES = {'base_predict': ('noise', 'x_start'), 'tokens': ('multi', 'single', 'none'), 'perceptual': ('vgg', 'vae'),
-           **dict.fromkeys(('base_schedule', 'up_schedule'), ('cosine', 'sigmoid', 'linear')),
-           **dict.fromkeys(('positions', 'aligned', 'roll_out', 'up_aware', 'up_degrade'), ('0', '1'))}
-PRESETS = {'paper': {},
-    'small': dict(channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256, fit_avatars=16, inner=250, outer=6,
-        fit_steps=1500, rays=384, lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3, rescale=0.25, vae_widths=(16, 32, 64, 64), vae_layers=1,
-        vae_scale=1.0, token_width=64, pool_width=32, base_width=32, base_mult=(1, 2, 3, 4), base_blocks=1, base_attention=(16, 8, 4),
-        base_aware=(32,), positions=1, head_width=32, up_width=16, up_blocks=1, up_body=2, vae_steps=3000, vae_batch=8, vae_lr=1e-3,
-        base_steps=5500, base_batch=8, base_lr=5e-4, up_steps=1100, up_batch=2, up_lr=1e-3, guidance=1.0, base_predict='x_start', aligned=1,
-        components=20, final_lr=0.05, ema=0.995, sample_steps=6, patch=32, patches=1, patch_grid_updates=0, perceptual='vae'),
-    'tiny': dict(channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64, fit_avatars=4, inner=100, outer=3,
-        fit_steps=150, rays=512, lr_planes=4e-2, lr_decoder=4e-3, rescale=0.25, portrait=64, vae_widths=(8, 8, 16, 16), vae_layers=1,
-        vae_scale=1.0, token_width=32, pool_width=16, base_width=32, base_mult=(1, 1, 1), base_blocks=1, base_attention=(8, 4, 2),
-        base_aware=(8,), positions=1, head_width=16, up_width=8, up_mult=(1, 2, 2), up_blocks=1, up_body=1, up_head_width=8, vae_steps=60,
-        vae_batch=8, vae_lr=3e-3, base_steps=100, base_batch=8, base_lr=2e-3, up_steps=60, up_batch=4, up_lr=2e-3, base_predict='x_start',
-        aligned=1, components=2, final_lr=0.1, ema=0.95, patch=16, patches=1, patch_grid_updates=0, perceptual='vae')}
+    # Both diffusion models
+    condition_drop: float = 0.2  # share of the portraits that training replaces by nothing
+    ema: float = 0.9999
+    sample_steps: int = 10
+    guidance: float = 1.3  # of the base model; 1 is none
+
+    # Not in the papers, from here to the end (NOT_IN_THE_PAPERS): all off in `paper`;
+    # docs/details.md says what each is good for
+    augment: Switch = 0  # portraits in training are disturbed, as photographs are
+    coarse_to_fine: Switch = 0  # a fit begins with planes of R/4, which double twice
+    hull_start: Switch = 0  # where images have alpha, the visual hull starts the occupancy grid
+    weight_empty: float = 0.0  # log density at points outside that hull
+    silhouette_rays: Switch = 0  # rays near silhouettes only, in stage 2 half of them at the edge
+    regulariser_every: int = 1  # above 1: planes are regularised every so many steps, as much more
+    cull: Switch = 0  # a training step leaves out samples that no light reaches
+    planes_final_lr: float = 1.0  # a fit's learning rates fall to this share: of the planes,
+    decoder_final_lr: float = 1.0  # and of the decoder
+    fog_start: Switch = 0  # stage 1 begins where the decoder sees a light fog
+    mean_start: Switch = 0  # stage 2 begins with the mean planes of stage 1
+    rescale: float = 0.0  # share of the steps that see rescaled planes (Rodin, section 3.1)
+    fisher_batches: int = 1  # ray batches of the Fisher information
+    positions: Switch = 0  # tokens and texels that attend carry an encoding of where they are
+    components: int = 0  # above 0: networks add what training planes share (shortcuts.py)
+    aligned: Switch = 0  # the upsample network sees the portrait on the xz plane (shortcuts.py)
+    base_predict: Literal['noise', 'x_start'] = 'noise'  # x_start learns within hours
+    identity_start: Switch = 0  # the upsample network begins as the identity
+    clip_grad: float = 0.0  # training clips gradients to this norm; 0: not
+    final_lr: float = 1.0  # below 1: training warms up, then falls to this share along a cosine
+    likeness_steps: int = 0  # of fitting a sampled avatar to its portrait (likeness.py)
+
+
+SETTINGS = [field.name for field in fields(Config)]
+NOT_IN_THE_PAPERS = SETTINGS[SETTINGS.index('augment'):]
+MAY_BE_ZERO = ('components', 'likeness_steps', 'patches', 'patch_grid_updates', 'vae_steps')
+
+# What `small` and `tiny` have in common: they are trained for minutes or hours, on 2 cores.
+BRIEFLY = dict(
+    vae_scale=1.0, vae_layers=1, base_blocks=1, up_blocks=1, patches=1, patch_grid_updates=0,
+    perceptual='vae', augment=1, coarse_to_fine=1, hull_start=1, weight_empty=5e-2,
+    silhouette_rays=1, regulariser_every=8, cull=1, planes_final_lr=0.05, decoder_final_lr=0.1,
+    fog_start=1, mean_start=1, rescale=0.25, fisher_batches=16, positions=1, aligned=1,
+    base_predict='x_start', identity_start=1, clip_grad=1.0, likeness_steps=40,
+)
+PRESETS = {
+    'paper': {},
+    'small': dict(
+        BRIEFLY,
+        channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256,
+        fit_avatars=16, inner=250, outer=6, fit_steps=1500, rays=384,
+        lr_planes=3e-2, lr_decoder=2e-3, weight_iwc=3e3,
+        vae_widths=(16, 32, 64, 64), vae_steps=3000, vae_batch=8, vae_lr=1e-3,
+        token_width=64, pool_width=32,
+        base_width=32, base_mult=(1, 2, 3, 4), base_attention=(16, 8, 4), base_aware=(32,),
+        head_width=32, base_steps=5500, base_batch=8, base_lr=5e-4,
+        up_width=16, up_body=2, up_steps=1100, up_batch=2, up_lr=1e-3, patch=32,
+        components=20, final_lr=0.05, ema=0.995, sample_steps=6, guidance=1.0,
+    ),
+    'tiny': dict(
+        BRIEFLY,
+        channels=8, resolution=32, base_resolution=8, decoder_width=32, grid=32, steps=64,
+        fit_avatars=4, inner=100, outer=3, fit_steps=150, rays=512,
+        lr_planes=4e-2, lr_decoder=4e-3,
+        portrait=64, vae_widths=(8, 8, 16, 16), vae_steps=60, vae_batch=8, vae_lr=3e-3,
+        token_width=32, pool_width=16,
+        base_width=32, base_mult=(1, 1, 1), base_attention=(8, 4, 2), base_aware=(8,),
+        head_width=16, base_steps=100, base_batch=8, base_lr=2e-3,
+        up_width=8, up_mult=(1, 2, 2), up_body=1, up_head_width=8,
+        up_steps=60, up_batch=4, up_lr=2e-3, patch=16,
+        components=2, final_lr=0.1, ema=0.95,
+    ),
+}
+
 
 def stop(message):
     """Ends the program with one line on stderr and exit status 1."""
     raise SystemExit(f'error: {message}')
 
+
+def parse_setting(field, text):
+    """The value that `text` gives to a field of Config; ValueError with what it takes if none."""
+    kind = type(field.default)
+    if get_origin(field.type) is Literal:
+        choices = get_args(field.type)
+        if text not in map(str, choices):
+            raise ValueError(choices)
+        return kind(text)
+
+    if kind is tuple:
+        try:
+            return tuple(int(item) for item in text.split(','))
+        except ValueError:
+            raise ValueError('integers with commas between') from None
+
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    least = 0 if kind is float or field.name in MAY_BE_ZERO else 1
+    if not least <= value < math.inf:
+        raise ValueError(f'a positive {kind.__name__}')
+    return value
+
+
 def make_config(preset, overrides=()):
-    """Config of a preset with `name=value` overrides, each checked against the field's name and type."""
+    """Returns the Config of a preset with `name=value` overrides.
+
+    Each override is checked against its field's name and type, and what has to divide is checked at
+    the end; what is wrong stops the program with one line.
+    """
     values = dict(PRESETS[preset], preset=preset)
-    defaults = {f.name: f.default for f in fields(Config)}
+    known = {field.name: field for field in fields(Config) if field.name != 'preset'}
     for item in overrides:
         name, _, text = item.partition('=')
-        if name not in defaults or name == 'preset':
-            stop(f'--set {item}: no such setting; there are {", ".join(defaults)}')
-        kind = type(defaults[name])
+        if name not in known:
+            stop(f'--set {item}: no such setting; there are {", ".join(known)}')
         try:
-            values[name] = tuple(int(v) for v in text.split(',')) if kind is tuple else kind(text)
-            least = kind is int and name not in ('components', 'patches', 'patch_grid_updates')
-            assert text in CHOICES[name] if name in CHOICES else kind is tuple or least <= values[name] < math.inf
-        except (ValueError, AssertionError):
-            wanted = CHOICES.get(name) or ('integers with commas between' if kind is tuple else f'a positive {kind.__name__}')
-            stop(f'--set {item}: {name} takes {wanted}')
+            values[name] = parse_setting(known[name], text)
+        except ValueError as error:
+            stop(f'--set {item}: {name} takes {error}')
+
     config = Config(**values)
-    if config.channels % 4 or config.resolution % 4 or config.resolution % config.base_resolution or config.portrait % 64:
-        stop(f'channels {config.channels} and resolution {config.resolution} must divide by 4, portrait {config.portrait} by 64, '
-             f'and resolution by base_resolution {config.base_resolution}')
+    if config.channels % 4 or config.resolution % 4:
+        stop(f'channels {config.channels} and resolution {config.resolution} must divide by 4')
+    if config.resolution % config.base_resolution:
+        stop(f'resolution {config.resolution} must divide by '
+             f'base_resolution {config.base_resolution}')
+    if config.portrait % 64:  # y3, an eighth of it, is cut into 8 x 8 patches
+        stop(f'portrait {config.portrait} must divide by 64')
     return config
 
-# 2 Cameras and rays ---------------------------------------------------------------------------------------------------
-# A camera is a 4x4 camera-to-world matrix (x right, y up, looking down -z) and intrinsics (fx, fy, cx, cy) in pixels.
+
+def departures(config):
+    """The settings by which a config does what no paper does, as `name=value`."""
+    changed = [n for n in NOT_IN_THE_PAPERS if getattr(config, n) != getattr(Config, n)]
+    return [f'{name}={getattr(config, name)}' for name in changed]
+
+
+# 2 Cameras and rays -------------------------------------------------------------------------------
+# A camera is a 4x4 camera-to-world matrix and intrinsics (fx, fy, cx, cy) in pixels.
+PORTRAIT_FOV = 34.0  # degrees
+
+
 def orbit_pose(azimuth, elevation, distance=4.0, target=(0.0, 0.0, 0.0)):
-    """Camera-to-world (4, 4) of a camera that looks at `target`; degrees; azimuth 0 is the front (-Y), 90 is +X; Z is up."""
-    a, e = math.radians(azimuth), math.radians(elevation)
-    right, back = torch.tensor([[math.cos(a), math.sin(a), 0.0], [math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)]])
-    pose = torch.stack([right, torch.linalg.cross(back, right), back, distance * back + torch.tensor(target)], dim=1)
+    """Camera-to-world (4, 4) of a camera at `distance` from `target`, which it looks at.
+
+    Angles are in degrees: azimuth 0 is the front (-Y), 90 is +X, elevation 90 is above.
+    """
+    azimuth = math.radians(azimuth)
+    elevation = math.radians(elevation)
+    right = torch.tensor([math.cos(azimuth), math.sin(azimuth), 0.0])
+    back = torch.tensor([
+        math.sin(azimuth) * math.cos(elevation),
+        -math.cos(azimuth) * math.cos(elevation),
+        math.sin(elevation),
+    ])
+    up = torch.linalg.cross(back, right)
+    position = distance * back + torch.tensor(target)
+    pose = torch.stack([right, up, back, position], dim=1)  # (3, 4)
     return torch.cat([pose, torch.eye(4)[3:]])
+
 
 def intrinsics_of(fov, size):
     """Intrinsics (4,) of a square image of `size` pixels with a field of view of `fov` degrees."""
     focal = 0.5 * size / math.tan(math.radians(fov) / 2)
     return torch.tensor([focal, focal, size / 2, size / 2])
 
+
+def portrait_camera(size, device='cpu'):
+    """Pose (4, 4) and intrinsics (4,) of the camera that takes portraits of `size` pixels."""
+    return orbit_pose(0, 2).to(device), intrinsics_of(PORTRAIT_FOV, size).to(device)
+
+
 def pixel_rays(c2w, intrinsics, x, y):
-    """Rays through pixels: c2w (N, 4, 4) or (4, 4), intrinsics (N, 4) or (4,), column x and row y (N,) -> rays_o, rays_d (N, 3)."""
+    """Rays through pixels: rays_o and rays_d (N, 3), the latter of unit length.
+
+    c2w is (N, 4, 4) or (4, 4), intrinsics are (N, 4) or (4,), column x and row y are (N,).
+    """
     fx, fy, cx, cy = intrinsics.unbind(-1)
-    d = torch.stack([(x + 0.5 - cx) / fx, -(y + 0.5 - cy) / fy, -torch.ones_like(x, dtype=torch.float32)], dim=-1)
-    rays_d = F.normalize((c2w[..., :3, :3] * d[..., None, :]).sum(-1), dim=-1)     # not @, which a GPU rounds to TF32
+    minus_one = -torch.ones_like(x, dtype=torch.float32)
+    local = torch.stack([(x + 0.5 - cx) / fx, -(y + 0.5 - cy) / fy, minus_one], dim=-1)
+    turned = (c2w[..., :3, :3] * local[..., None, :]).sum(-1)  # not @, which a GPU rounds to TF32
+    rays_d = F.normalize(turned, dim=-1)
     return c2w[..., :3, 3].expand_as(rays_d), rays_d
 
+
 def view_rays(c2w, intrinsics, height, width):
-    """All rays of one image in row-major order: rays_o, rays_d (height * width, 3)."""
-    y, x = torch.meshgrid(torch.arange(height, device=c2w.device), torch.arange(width, device=c2w.device), indexing='ij')
+    """All rays of one image in row-major order: rays_o and rays_d (height * width, 3)."""
+    rows = torch.arange(height, device=c2w.device)
+    columns = torch.arange(width, device=c2w.device)
+    y, x = torch.meshgrid(rows, columns, indexing='ij')
     return pixel_rays(c2w, intrinsics, x.reshape(-1), y.reshape(-1))
 
+
 def intersect_box(rays_o, rays_d, min_near=0.2):
-    """Where rays (N, 3) enter and leave [-1, 1]^3: near, far (N,), near at least `min_near`; a miss has near >= far."""
-    d = torch.where(rays_d.abs() < 1e-9, torch.full_like(rays_d, 1e-9), rays_d)
-    t0, t1 = (-1 - rays_o) / d, (1 - rays_o) / d
-    return torch.minimum(t0, t1).amax(-1).clamp(min=min_near), torch.maximum(t0, t1).amin(-1)
+    """Where rays (N, 3) enter and leave [-1, 1]^3: near and far (N,), near at least `min_near`.
 
-# 3 Avatars on disk ----------------------------------------------------------------------------------------------------
-# One folder an avatar, in the formats of NeRF-synthetic (Blender) and instant-ngp; fitted planes in one fp16 file an avatar. What comes
-# from a file is checked here, so that the rest can trust it: errors name the file and what to do.
-MAX_PIXELS, MAX_JSON = 64 * 2 ** 20, 64 * 2 ** 20           # refuse to decode larger images, to parse longer files
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
-WHOLE, TRAIN = 'transforms.json', 'transforms_train.json'
+    A ray that misses the box has near >= far.
+    """
+    rays_d = torch.where(rays_d.abs() < 1e-9, torch.full_like(rays_d, 1e-9), rays_d)
+    t0 = (-1 - rays_o) / rays_d
+    t1 = (1 - rays_o) / rays_d
+    near = torch.minimum(t0, t1).amax(-1).clamp(min=min_near)
+    far = torch.maximum(t0, t1).amin(-1)
+    return near, far
 
-class Views(NamedTuple):
-    """Posed images of one avatar, in the coordinates of its box (see read_box)."""
-    images: torch.Tensor                # (V, H, W, 4) uint8, straight alpha
-    c2w: torch.Tensor                   # (V, 4, 4)
-    intrinsics: torch.Tensor            # (V, 4)
-    has_alpha: bool                     # some pixel is transparent
 
-def on_white(images):
-    """uint8 RGBA (..., 4) -> float RGB (..., 3) in 0..1, composited on white (section 5.2 of Rodin's protocol: white everywhere)."""
-    images = images.float() / 255
-    return images[..., :3] * images[..., 3:] + 1 - images[..., 3:]
+# 3 Triplane ---------------------------------------------------------------------------------------
+# A point is projected onto three axis-aligned planes, each of which is sampled bilinearly, and the
+# features found there are reduced to one vector. Rodin sums them; we take their mean, which keeps
+# the scale of the decoder's input.
+AXES = ((0, 1), (0, 2), (1, 2))  # world axes of (width, height) of the planes xy, xz, yz
+PLANE_DIVISOR = 3  # features are their sum over the planes divided by this; 1 makes it the sum,
+# and needs a decoder that was trained so
 
-def open_image(path):
-    """A decoded RGBA PIL image, upright (EXIF orientation applied); one clear line where that is not possible."""
-    try:
-        Image.MAX_IMAGE_PIXELS = None   # the check below replaces PIL's warning
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                stop(f'{path}: {image.width} x {image.height} pixels are too many; scale the image down to at most 8192 x 8192')
-            return ImageOps.exif_transpose(image).convert('RGBA')
-    except Exception as error:          # missing or damaged: PIL raises many types
-        stop(f'{path}: there is no such image' if isinstance(error, FileNotFoundError) else
-             f'{path}: not a readable image ({str(error).splitlines()[0] if str(error) else type(error).__name__})')
 
-def read_portrait(path, size):
-    """Any image file -> rgb (3, size, size) in [-1, 1], alpha (1, size, size) in 0..1; squared by its border's pixels (at sides or top)."""
-    image = open_image(path)
-    min(image.size) >= 16 or stop(f'{path}: {image.width} x {image.height} pixels are too few for a portrait; give at least 16 x 16')
-    side = max(image.size)
-    left, top = (side - image.width) // 2, side - image.height
-    pixels = np.pad(np.asarray(image), ((top, 0), (left, side - image.width - left), (0, 0)), mode='edge')
-    square = Image.fromarray(pixels).convert('RGBa').resize((size, size), Image.LANCZOS).convert('RGBA')     # premultiplied meanwhile
-    rgba = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
-    return rgba[:3] * 2 - 1, rgba[3:]
+def sample_planes(planes, points):
+    """Features (N, C) of points (N, 3) on planes (3, C, R, R).
 
-def portrait_on_white(rgb, alpha):
-    """read_portrait's pair, or a batch of it, composited on white, in [-1, 1]."""
-    return rgb * alpha + 1 - alpha
+    Sampling is bilinear; -1 is texel 0 and +1 is texel R - 1. Outside of [-1, 1] a plane gives
+    zero. Gradients reach the planes, not the points.
+    """
+    # Few channels are sampled faster by grid_sample, many by a look-up of table rows: with 16
+    # channels on 128 x 128 texels it is 2 to 3 times as fast, and more with a gradient.
+    if planes.shape[1] <= 8:
+        return sample_planes_plainly(planes, points)
+    return sample_planes_by_rows(planes, points)
 
-def read_transforms(path):
-    """The dict of a transforms*.json, with frames that have a path inside the folder and a finite 4x4 matrix."""
-    try:
-        meta = json.loads(Path(path).read_text(encoding='utf-8') if Path(path).stat().st_size <= MAX_JSON else '')
-    except FileNotFoundError:
-        stop(f'{path}: there is no such file; an avatar is a folder with transforms.json or transforms_train.json')
-    except (OSError, ValueError, RecursionError) as error:
-        stop(f'{path}: not readable as JSON ({str(error)[:80]})')
-    if not isinstance(meta, dict) or not isinstance(meta.get('frames'), list) or not meta['frames']:
-        stop(f'{path}: has no frames; expected a list of {{"file_path", "transform_matrix"}} under "frames"')
-    for i, frame in enumerate(meta['frames']):
-        if not isinstance(frame, dict) or not isinstance(frame.get('file_path'), str):
-            stop(f'{path}: frame {i} has no file_path')
-        matrix = np.zeros(0)
-        with contextlib.suppress(TypeError, ValueError, ArithmeticError):
-            matrix = np.array(frame.get('transform_matrix'), dtype=np.float32)
-        if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
-            stop(f'{path}: transform_matrix of frame {i} is not a finite 4 x 4 matrix')
-        frame.update(transform_matrix=matrix, path=find_image(Path(path), frame['file_path']))
-    return meta
 
-def find_image(json_path, name):
-    """The image that a file_path means: relative to the JSON's folder, never outside it, with or without an extension."""
-    folder = json_path.parent.resolve()
-    path = (folder / name.replace('\\', '/')).resolve()
-    path.is_relative_to(folder) or stop(f'{json_path}: file_path {name!r} leaves the folder of the avatar')
-    candidates = (path, *(path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES))
-    return next(filter(Path.is_file, candidates), None) or stop(f'{json_path}: image {name!r} is missing')
+def sample_planes_plainly(planes, points):
+    """The meaning of sample_planes: one grid_sample for each plane, then the mean."""
+    x = torch.where(points.abs() > 1, 9.0, points.detach()).T  # 9 is far outside, so it gives zero
+    uv = torch.stack([torch.stack([x[u], x[v]], dim=-1) for u, v in AXES])  # (3, N, 2)
+    features = F.grid_sample(planes, uv[:, None], align_corners=True)  # (3, C, 1, N)
+    return features[:, :, 0].sum(0).T / PLANE_DIVISOR
 
-def read_frames(folder, split):
-    """(meta, frames) of `split` 'train' or 'test'; a lone transforms.json gives every eighth frame, from the fifth, to the test."""
-    named = Path(folder) / f'transforms_{split}.json'
-    if named.is_file() or named.with_name(TRAIN).is_file():
-        meta = read_transforms(named) if named.is_file() else {'frames': []}
-        return meta, meta['frames']
-    meta = read_transforms(named.with_name(WHOLE))
-    return meta, [f for i, f in enumerate(meta['frames']) if (i % 8 == 4) == (split == 'test')]
 
-def read_intrinsics(meta, frame, width, height, where):
-    """(fx, fy, cx, cy) in pixels of a width x height image, from a frame's own values or the file's; sizes must agree."""
-    values = {**meta, **frame}
-    def focal(axis, side):
-        return float(values[f'fl_{axis}'] if f'fl_{axis}' in values else side / 2 / math.tan(float(values[f'camera_angle_{axis}']) / 2))
-    try:
-        w, h = float(values.get('w', width)), float(values.get('h', height))
-        fx = focal('x', w)
-        fy = focal('y', h) if 'fl_y' in values or 'camera_angle_y' in values else fx
-        cx, cy = float(values.get('cx', w / 2)), float(values.get('cy', h / 2))
-    except KeyError:
-        stop(f'{where}: gives neither camera_angle_x nor fl_x')
-    except (TypeError, ValueError, ArithmeticError):
-        stop(f'{where}: camera_angle_x, fl_x, fl_y, cx, cy, w and h must be numbers')
-    if not all(map(math.isfinite, (fx, fy, cx, cy))) or fx <= 0 or fy <= 0:
-        stop(f'{where}: the focal length must be positive and finite, not {fx}, {fy}')
-    if (w, h) != (width, height):
-        stop(f'{where}: says {w:g} x {h:g} pixels, but {frame["path"].name} has {width} x {height}')
-    return fx, fy, cx, cy
+def sample_planes_by_rows(planes, points):
+    """The same, faster: texels are rows of a table (M, C), and a point sums 12 of them."""
+    _, C, R, _ = planes.shape
+    table = planes.permute(0, 2, 3, 1).reshape(len(AXES) * R * R, C)  # no copy if channels-last
+    points = points.detach().T.contiguous()  # (3, N): arithmetic on whole rows
+    inside = (points.abs() <= 1).to(points)
 
-def load_views(folder, split, box, downscale=1, most=None, pick=None):
-    """Views, None if the split is empty. box: of read_box; downscale: an integer, averages; most: so many, evenly spread; pick: one."""
-    meta, frames = read_frames(folder, split)
-    frames = frames if pick is None else [frames[pick % len(frames)]]
-    frames = [frames[i * len(frames) // most] for i in range(most)] if most and len(frames) > most else frames
-    images, poses, intrinsics, (centre, half) = [], [], [], box
-    for frame in frames:
-        image = open_image(frame['path'])
-        values = read_intrinsics(meta, frame, *image.size, where=f'{folder}: {split} set')
-        if downscale > 1:               # Image.reduce averages; premultiply so that transparent pixels do not bleed
-            image = image.convert('RGBa').reduce(downscale).convert('RGBA')
-        images.append(np.asarray(image))
-        images[-1].shape == images[0].shape or stop(f'{frame["path"]}: {image.width} x {image.height}; other views have another size')
-        poses.append(torch.from_numpy(frame['transform_matrix']))
-        intrinsics.append([v / downscale for v in values])
-    if not images:
-        return None
-    images, poses = torch.from_numpy(np.stack(images)), torch.stack(poses)
-    poses[:, :3, :3] = F.normalize(poses[:, :3, :3], dim=1)
-    poses[:, :3, 3] = (poses[:, :3, 3] - centre) / half
-    return Views(images, poses, torch.tensor(intrinsics), bool((images[..., 3] < 255).any()))
+    # Along each world axis: the texel below, and the weights of the texels below and above
+    texels = (points.clamp(-1, 1) + 1) * (0.5 * (R - 1))
+    below = texels.floor().clamp(max=R - 2)
+    weight_above = (texels - below) * inside
+    weight_below = inside - weight_above
+    below = below.long()
 
-def read_box(folder):
-    """The cube that holds the avatar: (centre (3,), half side) in its files' world, from `aabb` [[x, y, z], [x, y, z]]; else instant-ngp's
-    `scale` and `offset` (scale * x + offset is in the unit cube, times aabb_scale); else the visual hull and 4 %."""
-    meta, frames = read_frames(folder, 'train')
-    if 'aabb' not in meta and 'scale' not in meta:
-        return measure_box(folder, torch.from_numpy(np.stack([f['transform_matrix'] for f in frames])))
-    with contextlib.suppress(TypeError, ValueError, ArithmeticError, RuntimeError):
-        if 'aabb' in meta:
-            low, high = torch.tensor(meta['aabb'], dtype=torch.float32)
-            box = (low + high) / 2, float((high - low).max() / 2)
-        else:
-            scale, offset = float(meta['scale']), torch.tensor(meta.get('offset', [0.5] * 3), dtype=torch.float32)
-            box = (0.5 - offset) / scale, 0.5 * float(meta.get('aabb_scale', 1)) / scale
-        if box[0].shape == (3,) and box[0].isfinite().all() and 0 < box[1] < math.inf:
-            return box
-    stop(f'{folder}: aabb (or scale and offset) of the transforms file must be finite numbers that span a box')
+    # On each plane: four corners, each with the product of its weights along both axes
+    index = []
+    weight = []
+    for plane, (u, v) in enumerate(AXES):
+        corner = (below[v] + plane * R) * R + below[u]
+        index += [corner, corner + 1, corner + R, corner + R + 1]
+        for along_v in (weight_below, weight_above):
+            for along_u in (weight_below, weight_above):
+                weight.append(along_v[v] * along_u[u])
+    weight = torch.stack(weight, 1) / PLANE_DIVISOR
+    return RowSum.apply(table, torch.stack(index, 1), weight)
 
-def measure_box(folder, c2w):
-    """read_box where the file names no box. The first guess is the cube around the point nearest to all optical axes, as wide as the
-    cameras are far; the visual hull in it, on a 64^3 grid, tells the extent. Without alpha the guess, inside the cameras, stays."""
-    axis, position = F.normalize(c2w[:, :3, 2], dim=-1), c2w[:, :3, 3]
-    project = torch.eye(3) - axis[:, :, None] * axis[:, None]           # onto the plane that is normal to each optical axis
-    centre = torch.linalg.lstsq(project.sum(0), (project @ position[..., None]).sum(0)).solution[:, 0]
-    half = float((position - centre).norm(dim=-1).median())
-    for _ in range(2):                  # the second pass measures in the first one's box, at a finer cell
-        views = load_views(folder, 'train', (centre, half), downscale=1, most=24)
-        if not views.has_alpha:
-            return centre, 0.6 * half
-        cells = visual_hull(views, 64, seen_by=0.5).nonzero().float()                # (cells, 3)
-        len(cells) or stop(f'{folder}: the silhouettes of the views have no point in common; are the camera poses right?')
-        low, high = cells.amin(0) / 32 - 1, (cells.amax(0) + 1) / 32 - 1
-        centre, half = centre + half * (low + high) / 2, half * min(1.0, 1.04 * float((high - low).max()) / 2)
-    return centre, half
 
-def portrait_path(folder):
-    """portrait.* where there is one, else the training view whose camera stands most in front (level, its z axis along -Y)."""
-    found = next(filter(Path.is_file, (Path(folder) / f'portrait{suffix}' for suffix in IMAGE_SUFFIXES)), None)
-    return found or max(read_frames(folder, 'train')[1], key=lambda f: -f['transform_matrix'][1, 2])['path']
+class RowSum(torch.autograd.Function):
+    """Weighted sums of table rows: table (M, C), index and weight (N, 12) -> (N, C).
 
-def list_avatars(data):
-    """Folders of avatars in `data`, sorted; `data` itself where it holds one avatar."""
-    data = Path(data).absolute()
-    if (data / WHOLE).is_file() or (data / TRAIN).is_file():
-        return [data]
-    found = sorted({p.parent for p in data.glob('*/transforms*.json') if p.name in (WHOLE, TRAIN) and not p.parent.name.startswith('.')})
-    return found or stop(f'{data}: holds no avatars; draw some with `python avatars.py`, or give a folder of such scenes with --data')
-
-# 4 Triplane -----------------------------------------------------------------------------------------------------------
-# A point is projected onto three axis-aligned planes; the bilinear features found there are averaged (Rodin sums; the mean keeps the
-# decoder's input scale). Texels are rows of a channels-last table: one point reads 12 of them, whatever the size of the planes.
-AXES = ((0, 1), (0, 2), (1, 2))         # world axes of (width, height) of planes xy, xz, yz
-
-class PlaneLookup(torch.autograd.Function):
-    """Weighted sums of table rows: table (M, C), index and weight (N, 12) -> (N, C). Differentiable in the table alone."""
+    It is differentiable in the table alone.
+    """
     @staticmethod
     def forward(ctx, table, index, weight):
         ctx.save_for_backward(index, weight)
@@ -370,348 +397,892 @@ class PlaneLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (index, weight), M = ctx.saved_tensors, ctx.texels
-        if len(grad) < 8192:            # few points: 12 scatter-adds; many: sorted by texel, so that each texel sums its own
-            table = grad.new_zeros(M, grad.shape[1])
+        index, weight = ctx.saved_tensors
+
+        # Few points: one scatter-add for each of the 12 rows
+        if len(grad) < 8192:
+            table = grad.new_zeros(ctx.texels, grad.shape[1])
             for i, w in zip(index.T.contiguous(), weight.T.contiguous(), strict=True):
                 table.index_add_(0, i, grad * w[:, None])
             return table, None, None
-        order, count = index.view(-1).int().argsort(), torch.bincount(index.view(-1), minlength=M)
-        weight = weight.view(-1)[order]
-        return F.embedding_bag(order // 12, grad, count.cumsum(0) - count, mode='sum', per_sample_weights=weight), None, None
 
-def sample_planes(planes, points):
-    """Planes (3, C, R, R), points (N, 3) -> (N, C): bilinear (-1 is texel 0, +1 texel R-1; outside is zero), mean over the planes."""
-    _, C, R, _ = planes.shape
-    if C <= 8:                          # few channels: measured faster
-        x = torch.where(points.abs() > 1, 9.0, points.detach()).T
-        where = torch.stack([torch.stack([x[u], x[v]], dim=-1) for u, v in AXES])                  # (3, N, 2)
-        return F.grid_sample(planes, where[:, None], align_corners=True)[:, :, 0].sum(0).T / 3
-    table = planes.permute(0, 2, 3, 1).reshape(3 * R * R, C)            # no copy where planes are channels-last
-    x = points.detach().T.contiguous()                                  # (3, N): arithmetic on whole rows
-    inside, x = (x.abs() <= 1).to(x), (x.clamp(-1, 1) + 1) * (0.5 * (R - 1))                       # in texels
-    low = x.floor().clamp(max=R - 2)
-    high = (x - low) * inside           # along each axis, the weight of the upper texel; nothing counts outside
-    w, low, index, weight = (inside - high, high), low.long(), [], []
-    for k, (u, v) in enumerate(AXES):
-        corner = (low[v] + k * R) * R + low[u]                          # (N,)
-        index += [corner, corner + 1, corner + R, corner + R + 1]
-        weight += [w[j][v] * w[i][u] for j in (0, 1) for i in (0, 1)]
-    return PlaneLookup.apply(table, torch.stack(index, 1), torch.stack(weight, 1) / 3)
+        # Many points: pairs (point, row) sorted by row, so that each row sums its own, a "bag"
+        flat = index.view(-1)
+        order = flat.int().argsort()
+        point = order // index.shape[1]  # index is (N, 12)
+        weight = weight.view(-1)[order]
+        pairs_of_row = torch.bincount(flat, minlength=ctx.texels)
+        first_pair = pairs_of_row.cumsum(0) - pairs_of_row
+        table = F.embedding_bag(point, grad, first_pair, mode='sum', per_sample_weights=weight)
+        return table, None, None
+
 
 def roll_out(planes):
-    """planes (B, 3, C, R, R) -> (B, C, R, 3R): side by side along the width, so that a 2D network sees them (Rodin, section 3.2)."""
+    """Planes (B, 3, C, R, R) -> (B, C, R, 3R): side by side, for a 2D network (Rodin, 3.2)."""
     return torch.cat(planes.unbind(1), dim=-1)
+
 
 def roll_in(x):
     """Inverse of roll_out: (B, C, R, 3R) -> (B, 3, C, R, R)."""
-    return torch.stack(x.chunk(3, dim=-1), dim=1)
+    return torch.stack(x.chunk(len(AXES), dim=-1), dim=1)
+
 
 def resize_planes(planes, size):
-    """planes (..., R, R) -> (..., size, size), so that sample_planes finds the same content at the same point: a triangle filter between
-    lattices whose ends coincide, linear upwards and antialiased downwards."""
-    R, device = planes.shape[-1], planes.device
+    """Planes (..., R, R) -> (..., size, size), with the same content at the same point.
+
+    It is a triangle filter between lattices whose ends coincide: linear upwards, antialiased
+    downwards.
+    """
+    R = planes.shape[-1]
     ratio = (R - 1) / max(size - 1, 1)
-    at = torch.arange(size, device=device)[:, None] * ratio - torch.arange(R, device=device)       # (size, R), in texels
-    weight = (1 - at.abs() / max(ratio, 1.0)).clamp(min=0)
+    target = torch.arange(size, device=planes.device)[:, None] * ratio  # (size, 1), in texels
+    distance = target - torch.arange(R, device=planes.device)  # (size, R)
+    weight = (1 - distance.abs() / max(ratio, 1.0)).clamp(min=0)
     weight = (weight / weight.sum(1, keepdim=True)).to(planes.dtype)
     return weight @ planes @ weight.T
 
-def total_variation(planes):
-    """Sum over planes (3, C, R, R) of the mean squared difference of neighbours along both axes."""
-    return 3 * (F.mse_loss(planes[..., 1:, :], planes[..., :-1, :]) + F.mse_loss(planes[..., 1:], planes[..., :-1]))
 
-# 5 Decoder ------------------------------------------------------------------------------------------------------------
-# The MLP that all avatars share: queried features are frequency-encoded (Rodin, section 3.1), density comes from the last quarter of
-# the channels, colour from the others, a geometry feature and the view direction. 72,321 parameters at the paper's width.
+def total_variation(planes):
+    """Sum over planes (3, C, R, R) of the mean squared difference of neighbours on both axes."""
+    along_height = F.mse_loss(planes[..., 1:, :], planes[..., :-1, :])
+    along_width = F.mse_loss(planes[..., 1:], planes[..., :-1])
+    return len(AXES) * (along_height + along_width)
+
+
+# 4 Decoder ----------------------------------------------------------------------------------------
+# All avatars share this small MLP. Features are frequency-encoded (Rodin, section 3.1); density
+# comes from the last quarter of the channels, colour from the others, from what the density net
+# found, and from the direction of view. At the paper's width it has 72,321 parameters.
 def trunc_exp(x):
-    """exp(x) in fp32 whose gradient sees x clamped to [-15, 15] (instant-ngp)."""
-    x, fixed = x.float(), x.float().detach()
+    """exp(x) in fp32, whose gradient sees x clamped to [-15, 15] (instant-ngp)."""
+    x = x.float()
+    fixed = x.detach()
     return fixed.exp() + fixed.clamp(-15, 15).exp() * (x - fixed)
 
+
 def frequency_encoding(v):
-    """(N, D) -> (N, 5 D): [v, sin v, cos v, sin 2v, cos 2v], no factor of pi; double angles, so one sine and one cosine suffice."""
-    s, c = v.sin(), v.cos()
-    return torch.cat([v, s, c, 2 * s * c, 1 - 2 * s * s], dim=-1)
+    """(N, D) -> (N, 5 D): [v, sin v, cos v, sin 2v, cos 2v], without a factor of pi."""
+    sine = v.sin()
+    cosine = v.cos()
+    # double angles, so that one sine and one cosine suffice
+    return torch.cat([v, sine, cosine, 2 * sine * cosine, 1 - 2 * sine * sine], dim=-1)
+
 
 class Decoder(nn.Module):
-    """Plane features (N, C) and unit view directions (N, 3) -> density sigma (N,) > 0 per box unit and rgb (N, 3) in 0..1. `start`, small
-    planes (3, C, R/4, R/4): where the fit of an avatar under this decoder starts, the mean of those that it was trained on."""
+    """Features (N, C) and unit view directions (N, 3) -> density (N,) and colour (N, 3).
+
+    Density sigma is positive, per unit of the box; colour is in 0..1. The buffer `start`
+    (3, C, R/4, R/4) is the mean of the planes that the decoder was trained with: fits of other
+    avatars may begin there.
+    """
     def __init__(self, config):
         super().__init__()
-        width, r, self.density_channels = config.decoder_width, config.resolution // 4, config.channels // 4
-        self.register_buffer('start', torch.zeros(3, config.channels, r, r))
-        self.sigma_net = nn.Sequential(nn.Linear(5 * self.density_channels, width), nn.Softplus(), nn.Linear(width, 1 + width))
-        self.color_net = nn.Sequential(nn.Linear(5 * (config.channels - self.density_channels) + width + 15, width, bias=False), nn.ReLU(),
-                                       nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, 3, bias=False))
+        width = config.decoder_width
+        self.density_channels = config.channels // 4
+        encoded_density = 5 * self.density_channels
+        encoded_colour = 5 * (config.channels - self.density_channels)
+        encoded_direction = 5 * 3
 
-    def forward(self, features, dirs=None):  # without dirs the colour net is skipped: (sigma, None)
-        D, last = self.density_channels, self.sigma_net[2]
-        hidden = self.sigma_net[:2](frequency_encoding(features[:, -D:]))                          # (N, width)
-        if dirs is None:                # one row of the last layer is enough
+        r = config.resolution // 4
+        self.register_buffer('start', torch.zeros(len(AXES), config.channels, r, r))
+        self.sigma_net = nn.Sequential(
+            nn.Linear(encoded_density, width),
+            nn.Softplus(),
+            nn.Linear(width, 1 + width),
+        )
+        self.color_net = nn.Sequential(
+            nn.Linear(encoded_colour + width + encoded_direction, width, bias=False),
+            nn.ReLU(),
+            nn.Linear(width, width, bias=False),
+            nn.ReLU(),
+            nn.Linear(width, 3, bias=False),
+        )
+
+    def forward(self, features, dirs=None):
+        """Without directions colour is not asked for: (sigma, None)."""
+        colour_features = features[:, :-self.density_channels]
+        density_features = features[:, -self.density_channels:]
+        hidden = self.sigma_net[:2](frequency_encoding(density_features))  # (N, width)
+        last = self.sigma_net[2]
+        if dirs is None:  # one row of the last layer is enough
             return trunc_exp(F.linear(hidden, last.weight[:1], last.bias[:1])[:, 0]), None
-        hidden = last(hidden)                                                                      # (N, 1 + width)
-        x = torch.cat([frequency_encoding(features[:, :-D]), hidden[:, 1:], frequency_encoding(dirs)], dim=-1)
-        return trunc_exp(hidden[:, 0]), torch.sigmoid(self.color_net(x))                           # (N,), (N, 3)
+
+        hidden = last(hidden)  # (N, 1 + width)
+        sigma = trunc_exp(hidden[:, 0])
+        colour_features = frequency_encoding(colour_features)
+        x = torch.cat([colour_features, hidden[:, 1:], frequency_encoding(dirs)], dim=-1)
+        return sigma, torch.sigmoid(self.color_net(x))
+
 
 class PlaneField:
-    """The radiance field of one avatar: planes (3, C, R, R) read by a decoder. See `render` for the protocol of fields."""
+    """The radiance field of one avatar: planes (3, C, R, R) read by a decoder.
+
+    Like any field it is called with points (N, 3) and unit directions (N, 3), or None, and
+    returns density (N,) and colour (N, 3), or None.
+    """
     def __init__(self, planes, decoder):
-        self.planes, self.decoder = planes, decoder
-        self.density_planes = planes[:, -decoder.density_channels:].contiguous(memory_format=torch.channels_last)
+        self.planes = planes
+        self.decoder = decoder
+        density_planes = planes[:, -decoder.density_channels:]
+        self.density_planes = density_planes.contiguous(memory_format=torch.channels_last)
 
-    def __call__(self, points, dirs=None):  # density alone reads a quarter of the channels
-        return self.decoder(sample_planes(self.density_planes if dirs is None else self.planes, points), dirs)
+    def __call__(self, points, dirs=None):
+        if dirs is None:  # density alone reads a quarter of the channels
+            return self.decoder(sample_planes(self.density_planes, points))
+        return self.decoder(sample_planes(self.planes, points), dirs)
 
-# 6 Volume rendering ---------------------------------------------------------------------------------------------------
-# Rays are marched with a constant step, masked by an occupancy grid: the samples of instant-ngp's skipping marcher that matter, packed
-# (ray_index says whose). A field is any callable field(points (S, 3), dirs (S, 3) or None) -> (sigma (S,), rgb (S, 3) or None).
-T_MIN, W_MIN = 1e-4, 3e-5               # a sample counts if the transmittance before it and its weight are at least these
-EMPTY, BLOCK = 2e-3, 8                  # density of a fog that nobody sees; lattice points that march tests in one go
+
+# 5 Volume rendering -------------------------------------------------------------------------------
+# Rays are marched with a constant step, on a lattice masked by an occupancy grid. That visits the
+# samples that instant-ngp's skipping marcher visits. They are packed: one flat list, in which
+# ray_index says whose a sample is. A field is any function field(points (S, 3), dirs (S, 3) or
+# None) -> (sigma (S,), rgb (S, 3) or None): planes with their decoder, or a ball in a test.
+T_MIN = 1e-4  # a sample counts if at least so much light arrives at it,
+W_MIN = 3e-5  # and if its weight is at least this
+EMPTY = 2e-3  # density of a fog that nobody sees
+BLOCK = 8  # lattice points that are tested against the grid in one go
+
+
+def step_length(steps):
+    """The distance of neighbouring samples: the box's diagonal over the number of steps."""
+    return 2 * math.sqrt(3) / steps
+
 
 class OccupancyGrid:
-    """Decayed running maximum of the density in cells x, y, z (supplement A; instant-ngp); never shared by ranks or avatars. hull: bool
-    (G, G, G); cells in it start occupied, others stay empty for ever (-1). Threshold: 10 at 1024 steps, else of the same opacity a step."""
+    """A decaying running maximum of the density in cells (x, y, z) (supplement A; instant-ngp).
+
+    It is never shared between ranks or avatars. hull is a bool (G, G, G): cells in it start
+    occupied, all others stay empty for ever and have the value -1. The threshold is the paper's
+    10 at 1024 steps, and at others the density of the same opacity a step.
+    """
     def __init__(self, G, steps, device='cpu', hull=None):
-        self.G, self.steps, self.density_threshold = G, steps, 10 * steps / 1024
-        self.values = torch.zeros(G, G, G, device=device) if hull is None else torch.where(hull.to(device), self.density_threshold, -1.0)
+        self.G = G
+        self.steps = steps
+        self.density_threshold = 10 * steps / 1024
+        if hull is None:
+            self.values = torch.zeros(G, G, G, device=device)
+        else:
+            self.values = torch.where(hull.to(device), self.density_threshold, -1.0)
         self.refresh()
 
     def refresh(self):
-        """Binarises the grid, and widens it by half a block of lattice points for march's first test."""
+        """Makes a mask of the values, and widens it by half a block for march's first test."""
+        # the mean, as in instant-ngp, for fields that are still thin everywhere
         threshold = min(self.values.clamp(min=0).mean().item(), self.density_threshold)
-        self.occupied = self.values > (threshold if threshold < self.density_threshold else self.density_threshold * 0.999)
-        reach = math.ceil(BLOCK / 2 * 2 * math.sqrt(3) / self.steps * self.G / 2 + 1e-6)
-        near = self.occupied[None, None].float()
-        for kernel in ((2 * reach + 1, 1, 1), (1, 2 * reach + 1, 1), (1, 1, 2 * reach + 1)):
-            near = F.max_pool3d(near, kernel, stride=1, padding=[k // 2 for k in kernel])
-        self.near_occupied = near[0, 0] > 0
+        if threshold == self.density_threshold:
+            threshold *= 0.999  # so that the cells of a hull, which start at it, are occupied
+        self.occupied = self.values > threshold
 
-    def cell(self, points):             # flat cell index (N,) of points (N, 3) in the box
+        half_block = BLOCK / 2 * step_length(self.steps)  # in box units
+        margin = math.ceil(half_block * self.G / 2 + 1e-6)  # in cells
+        side = 2 * margin + 1
+        wide = self.occupied[None, None].float()
+        for kernel in ((side, 1, 1), (1, side, 1), (1, 1, side)):
+            padding = [k // 2 for k in kernel]
+            wide = F.max_pool3d(wide, kernel, stride=1, padding=padding)
+        self.near_occupied = wide[0, 0] > 0
+
+    def cell(self, points):
+        """Flat index (N,) of the cells of points (N, 3) in the box."""
         x, y, z = ((points + 1) * (self.G / 2)).long().clamp(0, self.G - 1).unbind(-1)
         return (x * self.G + y) * self.G + z
 
     @torch.no_grad()
     def update(self, field, generator=None, cells=None):
-        """value <- max(0.95 value, sigma at a random point) of flat `cells` (all that may be occupied)."""
-        G, values = self.G, self.values.view(-1)
-        for part in ((values >= 0).nonzero()[:, 0] if cells is None else cells).split(2 ** 18):
-            centre = torch.stack([part // (G * G), part // G % G, part % G], dim=-1) + 0.5
-            jitter = torch.rand(len(part), 3, generator=generator).to(centre.device) - 0.5
-            values[part] = torch.maximum(0.95 * values[part], field((centre + jitter) * (2 / G) - 1)[0].float())
+        """value <- max(0.95 value, sigma at a random point) of flat `cells`.
+
+        Without `cells` these are all that may be occupied.
+        """
+        G = self.G
+        values = self.values.view(-1)
+        if cells is None:
+            cells = (values >= 0).nonzero()[:, 0]
+        for part in cells.split(2 ** 18):
+            corner = torch.stack([part // (G * G), part // G % G, part % G], dim=-1)
+            jitter = torch.rand(len(part), 3, generator=generator).to(values.device) - 0.5
+            points = (corner + 0.5 + jitter) * (2 / G) - 1
+            sigma = field(points)[0].float()
+            values[part] = torch.maximum(0.95 * values[part], sigma)
         self.refresh()
 
-    def some_cells(self, generator):        # a quarter of the cells at random, and as many of the occupied (instant-ngp)
-        sets = [mask.view(-1).nonzero()[:, 0] for mask in (self.values >= 0, self.occupied)]
-        quarter = (max(len(sets[0]) // 4, 1),)
-        return torch.cat([c[torch.randint(len(c), quarter, generator=generator).to(c.device)] for c in sets if len(c)]).unique()
+    def some_cells(self, generator):
+        """A quarter of the cells at random, and as many of the occupied ones (instant-ngp)."""
+        possible = (self.values >= 0).view(-1).nonzero()[:, 0]
+        occupied = self.occupied.view(-1).nonzero()[:, 0]
+        quarter = max(len(possible) // 4, 1)
+        picked = []
+        for cells in (possible, occupied):
+            if len(cells):
+                index = torch.randint(len(cells), (quarter,), generator=generator)
+                picked.append(cells[index.to(cells.device)])
+        return torch.cat(picked).unique()
+
 
 def grid_for(field, config, device='cpu', updates=24, seed=0, threshold=EMPTY):
-    """Occupancy grid of a field that no camera has seen, such as generated planes: of all that is denser than `threshold`; at EMPTY nothing
-    visible is skipped (supplement A: 16 full updates, 10). Updates from zero; after four, only of empty cells beside occupied ones."""
-    grid, generator = OccupancyGrid(config.grid, config.steps, device), torch.Generator().manual_seed(seed)
+    """Occupancy grid of a field that no camera has seen, such as generated planes.
+
+    It is of all that is denser than `threshold`; at EMPTY nothing visible is skipped. (Supplement
+    A has 16 full updates and 10.) Values start from zero; after four full updates only those empty
+    cells are looked at again that lie beside occupied ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    grid = OccupancyGrid(config.grid, config.steps, device)
     grid.density_threshold = threshold
     for i in range(updates):
-        beside = F.max_pool3d(grid.occupied[None].float(), 3, 1, 1)[0] > grid.occupied
-        grid.update(field, generator, None if i < 4 else beside.view(-1).nonzero()[:, 0])
+        cells = None
+        if i >= 4:
+            wide = F.max_pool3d(grid.occupied[None].float(), 3, 1, 1)[0]
+            cells = (wide > grid.occupied).view(-1).nonzero()[:, 0]
+        grid.update(field, generator, cells)
     return grid
 
-def transmittance(tau, ray_index, rays):
-    """Exclusive transmittance T_i = exp(-sum of tau_j over the samples before i on its ray); tau, ray_index (S,), ascending."""
-    before = (tau := tau.clamp(max=64)).double().cumsum(0) - tau        # one flat sum: fp32 would lose the later rays' digits
-    first = torch.searchsorted(ray_index, torch.arange(rays, device=tau.device)).clamp(max=max(len(tau) - 1, 0))
-    return torch.exp(before[first][ray_index] - before).float() if len(tau) else tau
 
-def near_blocks(rays_o, rays_d, steps, grid=None, offset=None):
-    """Blocks of 8 lattice points that may hold samples, tested in one go, at their middle, against the widened grid -> ray (K,) and first
-    point (K,), in order; of each ray the lattice's start (N,) and number of points (N,), 0 for a miss."""
-    delta, (near, far) = 2 * math.sqrt(3) / steps, intersect_box(rays_o, rays_d)
+def transmittance(tau, ray_index, rays):
+    """The share of the light that reaches each sample, T_i = exp(-sum of tau_j before i).
+
+    Optical depths tau and ray_index are (S,), in order along each of so many rays.
+    """
+    return torch.exp(-sum_before(tau.clamp(max=64), ray_index, rays)).float()
+
+
+def sum_before(x, ray_index, rays):
+    """For each sample the sum of x (S,) over those before it on its ray, in float64.
+
+    It is one flat sum over all rays, less what that is at the ray's first sample; fp32 would lose
+    the later rays' digits.
+    """
+    if not len(x):
+        return x.double()
+    before = x.double().cumsum(0) - x
+    first = torch.searchsorted(ray_index, torch.arange(rays, device=x.device))
+    first = first.clamp(max=len(x) - 1)  # of each ray; one without samples is never asked for
+    return before - before[first][ray_index]
+
+
+class Lattice(NamedTuple):
+    """The points that rays may be sampled at: rays_o + (start + k delta) rays_d, k < count."""
+    rays_o: torch.Tensor  # (N, 3)
+    rays_d: torch.Tensor  # (N, 3)
+    start: torch.Tensor  # (N,)
+    count: torch.Tensor  # (N,), 0 where the ray misses the box
+    delta: float
+
+
+class Samples(NamedTuple):
+    """Packed samples, in order along each ray."""
+    ray_index: torch.Tensor  # (S,), ascending
+    t: torch.Tensor  # (S,), distance from the camera
+    points: torch.Tensor  # (S, 3)
+
+
+def lattice_of(rays_o, rays_d, steps, offset=None):
+    """The Lattice of rays (N, 3) with `steps` points along the box's diagonal.
+
+    An offset (N,) in 0..1 shifts that of each ray by a share of the step (in training).
+    """
+    delta = step_length(steps)
+    near, far = intersect_box(rays_o, rays_d)
     start = near if offset is None else near + delta * offset
     count = ((far - start) / delta).ceil().clamp(min=0)
-    first = torch.arange(0, int(count.amax()) if len(count) else 0, BLOCK, device=start.device)
-    ray, block = (first < count[:, None]).nonzero(as_tuple=True)
+    return Lattice(rays_o, rays_d, start, count, delta)
+
+
+def occupied_blocks(lattice, grid=None):
+    """Which blocks of 8 lattice points may hold samples: their rays (K,) and first points (K,).
+
+    A block is tested once, at its middle, against the grid widened by half a block.
+    """
+    most = int(lattice.count.amax()) if len(lattice.count) else 0
+    first = torch.arange(0, most, BLOCK, device=lattice.start.device)
+    ray, block = (first < lattice.count[:, None]).nonzero(as_tuple=True)
+    first = first[block]
     if grid is not None:
-        middle = start[ray] + (first[block] + (BLOCK - 1) / 2) * delta
-        keep = grid.near_occupied.view(-1)[grid.cell(rays_o[ray] + middle[:, None] * rays_d[ray])]
-        ray, block = ray[keep], block[keep]
-    return ray, first[block], start, count
+        middle = lattice.start[ray] + (first + (BLOCK - 1) / 2) * lattice.delta
+        points = lattice.rays_o[ray] + middle[:, None] * lattice.rays_d[ray]
+        keep = grid.near_occupied.view(-1)[grid.cell(points)]
+        ray, first = ray[keep], first[keep]
+    return ray, first
+
+
+def samples_in(lattice, ray, first, grid=None):
+    """Samples of blocks, rays (K,) and first points (K,): those in the box and occupied cells."""
+    ray = ray[:, None]  # (K, 1)
+    k = first[:, None] + torch.arange(BLOCK, device=ray.device)  # (K, 8)
+    t = lattice.start[ray] + k * lattice.delta
+    points = (lattice.rays_o[ray] + t[..., None] * lattice.rays_d[ray]).clamp(-1, 1)  # (K, 8, 3)
+    keep = k < lattice.count[ray]
+    if grid is not None:
+        keep = keep & grid.occupied.view(-1)[grid.cell(points)]
+    return Samples(ray.expand_as(k)[keep], t[keep], points[keep])
+
+
+def lit_samples(lattice, ray, first, field, grid=None):
+    """Those samples of blocks (K,), (K,) that light reaches, found front to back.
+
+    Of each ray the first 2 blocks are looked at, then those up to the 4th, 8th, 16th ... until
+    its light is spent. Blocks that had their turn are taken off the list. The samples of a ray are
+    in order, but those of other rays lie between them.
+    """
+    rays = len(lattice.start)
+    first_block = torch.searchsorted(ray, torch.arange(rays, device=ray.device))  # of each ray
+    rank = torch.arange(len(ray), device=ray.device) - first_block[ray]  # of a block on its ray
+    depth_behind = torch.zeros_like(lattice.start)  # optical depth of all that was looked at
+    parts = []
+    limit = 2
+    while True:
+        turn = rank < limit
+        samples = samples_in(lattice, ray[turn], first[turn], grid)
+
+        # What light arrives, T, and an upper bound of the weight: alpha = 1 - exp(-tau) <= tau
+        tau = field(samples.points)[0] * lattice.delta
+        T = transmittance(tau, samples.ray_index, rays)
+        T = T * torch.exp(-depth_behind[samples.ray_index])
+        lit = (T >= T_MIN) & (T * tau >= W_MIN)
+        parts.append(Samples(*(x[lit] for x in samples)))
+
+        # Go on with the blocks behind, of rays that have light left
+        depth_behind.index_add_(0, samples.ray_index, tau)
+        spent = depth_behind[ray] > -math.log(T_MIN)
+        left = ~(turn | spent)
+        ray, first, rank = ray[left], first[left], rank[left]
+        limit *= 2
+        if not len(ray):
+            return Samples(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
 
 @torch.no_grad()
 def march(rays_o, rays_d, steps, grid=None, offset=None, field=None):
-    """Lattice samples of rays (N, 3) in the box and in occupied cells -> ray_index (S,), t (S,), points (S, 3), in order along each ray.
-    steps: lattice points a diagonal, delta = 2 sqrt(3) / steps. offset: (N,) in 0..1 shifts a ray's lattice (training). field: only what
-    light reaches, found front to back: a ray's first 2 blocks, the next 2, 4, 8 ... until the light is spent."""
-    delta, N = 2 * math.sqrt(3) / steps, len(rays_o)
-    ray, first, start, count = near_blocks(rays_o, rays_d, steps, grid, offset)
-    rank = torch.arange(len(ray), device=ray.device) - torch.searchsorted(ray, torch.arange(N, device=ray.device))[ray]
-    reach, parts, passed = 2 if field else len(ray), [], torch.zeros_like(start)                   # passed: tau behind each ray
-    while len(ray) or not parts:
-        now = rank < reach
-        r, k = ray[now][:, None], first[now][:, None] + torch.arange(BLOCK, device=ray.device)         # (blocks, 1), (blocks, 8)
-        t = start[r] + k * delta
-        points = (rays_o[r] + t[..., None] * rays_d[r]).clamp(-1, 1)                               # (blocks, 8, 3)
-        inside = (k < count[r]) & (grid is None or grid.occupied.view(-1)[grid.cell(points)])
-        r, t, points = r.expand_as(k)[inside], t[inside], points[inside]
-        if field:
-            tau = field(points)[0] * delta
-            T = transmittance(tau, r, N) * torch.exp(-passed[r])
-            lit = (T >= T_MIN) & (T * tau >= W_MIN)
-            passed.index_add_(0, r, tau)
-            r, t, points, now = r[lit], t[lit], points[lit], now | (passed[ray] > -math.log(T_MIN))
-        parts.append((r, t, points))
-        ray, first, rank, reach = ray[~now], first[~now], rank[~now], 2 * reach
-    ray_index, t, points = (torch.cat(p) for p in zip(*parts, strict=True))
-    order = ray_index.sort(stable=True)[1]
-    return ray_index[order], t[order], points[order]
+    """Samples of rays (N, 3): the lattice points in the box and in occupied cells.
+
+    steps: lattice points along the box's diagonal, 2 sqrt(3) / steps apart.
+    offset: (N,) in 0..1 shifts the lattice of each ray (training).
+    field: where given, only what its light reaches; without, everything.
+    """
+    lattice = lattice_of(rays_o, rays_d, steps, offset)
+    ray, first = occupied_blocks(lattice, grid)
+    if field is None:
+        return samples_in(lattice, ray, first, grid)
+    samples = lit_samples(lattice, ray, first, field, grid)
+    order = samples.ray_index.sort(stable=True)[1]
+    return Samples(*(x[order] for x in samples))
+
+
+class Rendered(NamedTuple):
+    """What composite and render return: of rays, and of the samples that made them."""
+    rgb: torch.Tensor  # (N, 3)
+    opacity: torch.Tensor  # (N,), sum of the weights
+    depth: torch.Tensor  # (N,), sum of w t
+    weights: torch.Tensor  # (S,), w = T alpha
+    t: torch.Tensor  # (S,)
+    ray_index: torch.Tensor  # (S,)
+
 
 def composite(sigma, rgb, t, ray_index, rays, delta, background=1.0):
-    """alpha = 1 - exp(-sigma delta), w = T alpha: pixels (N, 3) = sum w rgb + (1 - sum w) background, opacity and depth (N,)."""
-    tau = sigma * delta
-    weights = transmittance(tau, ray_index, rays) * -torch.expm1(-tau)  # (S,)
-    def add(x):
-        return x.new_zeros(rays, *x.shape[1:]).index_add(0, ray_index, x)
-    opacity = add(weights)
-    return add(weights[:, None] * rgb.float()) + (1 - opacity[:, None]) * background, opacity, add(weights * t)
+    """Packed samples (S,), (S, 3), (S,), (S,) of so many rays, `delta` apart -> Rendered.
 
-def render(field, rays_o, rays_d, steps, grid=None, offset=None, background=1.0):
-    """Rays (N, 3) -> rgb (N, 3), opacity (N,), depth (N,) (weighted sum). Only what march finds lit gets colour and gradients."""
-    ray_index, t, points = march(rays_o, rays_d, steps, grid, offset, field)
-    return composite(*field(points, rays_d[ray_index]), t, ray_index, len(rays_o), 2 * math.sqrt(3) / steps, background)
+    alpha = 1 - exp(-sigma delta), w = T alpha; a pixel is sum w rgb + (1 - sum w) background.
+    """
+    def sum_by_ray(x):
+        return x.new_zeros(rays, *x.shape[1:]).index_add(0, ray_index, x)
+
+    tau = sigma * delta
+    weights = transmittance(tau, ray_index, rays) * -torch.expm1(-tau)
+    opacity = sum_by_ray(weights)
+    pixels = sum_by_ray(weights[:, None] * rgb.float()) + (1 - opacity[:, None]) * background
+    return Rendered(pixels, opacity, sum_by_ray(weights * t), weights, t, ray_index)
+
+
+def render(field, rays_o, rays_d, steps, grid=None, offset=None, background=1.0, cull=True):
+    """Rays (N, 3) through a field -> Rendered.
+
+    With `cull`, samples that no light reaches get neither colour nor gradients; see march.
+    """
+    ray_index, t, points = march(rays_o, rays_d, steps, grid, offset, field if cull else None)
+    sigma, rgb = field(points, rays_d[ray_index])
+    return composite(sigma, rgb, t, ray_index, len(rays_o), step_length(steps), background)
+
+
+class Picture(NamedTuple):
+    rgb: torch.Tensor  # (H, W, 3) in 0..1
+    opacity: torch.Tensor  # (H, W)
+
 
 @torch.no_grad()
 def render_view(field, c2w, intrinsics, height, width, steps, grid=None):
-    """An image (height, width, 3) in 0..1 and its opacity (height, width), rendered in chunks of rays."""
-    (rays_o, rays_d), chunk = view_rays(c2w, intrinsics, height, width), max(2 ** (20 if c2w.is_cpu else 22) // steps, 1)
-    parts = [render(field, o, d, steps, grid)[:2] for o, d in zip(rays_o.split(chunk), rays_d.split(chunk), strict=True)]
-    rgb, opacity = (torch.cat(p) for p in zip(*parts, strict=True))
-    return rgb.view(height, width, 3).clamp(0, 1), opacity.view(height, width)
+    """A Picture of a field from a camera (4, 4), (4,), rendered in chunks of rays."""
+    rays_o, rays_d = view_rays(c2w, intrinsics, height, width)
+    samples = 2 ** 20 if c2w.is_cpu else 2 ** 22  # at most, a chunk
+    chunk = max(samples // steps, 1)
+    rgb = []
+    opacity = []
+    for o, d in zip(rays_o.split(chunk), rays_d.split(chunk), strict=True):
+        part = render(field, o, d, steps, grid)
+        rgb.append(part.rgb)
+        opacity.append(part.opacity)
+    rgb = torch.cat(rgb).view(height, width, 3).clamp(0, 1)
+    return Picture(rgb, torch.cat(opacity).view(height, width))
 
-# 7 Fitting ------------------------------------------------------------------------------------------------------------
-# Images become planes (section 3.1, Algorithm 1). Task replay is fit.py's loop; here is one visit, and identity-aware weight consolidation
-# (IWC, Eq. 3): it pulls the decoder to what the avatar's last visit left, as far as the Fisher information says that the avatar needs it.
-def near_silhouette(image, radius):
-    """Pixels (H, W) of an RGBA image (H, W, 4) within a square of `radius` pixels around one that is not transparent."""
-    wide = F.max_pool2d((image[..., 3] > 0).float()[None], (1, 2 * radius + 1), 1, (0, radius))
-    return F.max_pool2d(wide, (2 * radius + 1, 1), 1, (radius, 0))[0] > 0
-
-@torch.no_grad()
-def visual_hull(views, G, seen_by=0.0):
-    """Cells (G, G, G) of the box, save those whose disc is transparent in some image, or that less than `seen_by` of the views see."""
-    axis = (torch.arange(G) + 0.5) * (2 / G) - 1
-    cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing='ij'), dim=-1).view(-1, 3)       # (G^3, 3)
-    alive, count, (height, width) = torch.arange(len(cells)), torch.zeros(len(cells)), views.images.shape[1:3]
-    for image, c2w, (fx, fy, cx, cy) in zip(views.images, views.c2w, views.intrinsics.tolist(), strict=True):
-        local = (cells[alive] - c2w[:3, 3]) @ c2w[:3, :3]               # camera coordinates, looking down -z
-        depth = (-local[:, 2]).clamp(min=1e-3)
-        x, y = fx * local[:, 0] / depth + cx, cy - fy * local[:, 1] / depth
-        near = max((mean := float(depth.mean().nan_to_num())) - 1, mean / 2, 0.1)                  # a cell's disc where it is large
-        radius = min(int(fx * math.sqrt(3) / G / near) + 1, 64)
-        seen = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (local[:, 2] < 0)
-        count[alive] += seen / len(views.images)
-        flat = y.long().clamp(0, height - 1) * width + x.long().clamp(0, width - 1)
-        alive = alive[~seen | near_silhouette(image, radius).view(-1)[flat]]
-    return torch.zeros(G ** 3, dtype=torch.bool).index_fill_(0, alive[count[alive] >= seen_by - 1e-4], True).view(G, G, G)
-
-class Rays:
-    """Random training rays over all views. A share `edges` is of pixels within 2 of the silhouette's edge, where most of the error is; the
-    others of pixels within `margin` of the silhouette: what lies further out misses the visual hull and teaches nothing."""
-    def __init__(self, views, device, margin, edges=0.5):
-        self.size, self.edges, self.pixels = views.images.shape[1:3], edges, views.images.view(-1, 4).to(device)
-        self.c2w, self.intrinsics = views.c2w.to(device), views.intrinsics.to(device)
-        near = [near_silhouette(image, margin) for image in views.images]
-        edge = [near_silhouette(image, 2) & near_silhouette(255 - image, 2) for image in views.images]
-        self.near, self.edge = (torch.stack(masks).view(-1).nonzero()[:, 0].to(device, torch.int32) for masks in (near, edge))
-        len(self.near) or stop('all views of an avatar are fully transparent')
-
-    def draw(self, n, generator):
-        """rays_o, rays_d (n, 3) and colours on white (n, 3)."""
-        device, (height, width), edges = self.pixels.device, self.size, int(self.edges * n) if len(self.edge) else 0
-        flat = torch.cat([index[torch.randint(len(index), (k,), generator=generator).to(device)]
-                          for index, k in ((self.near, n - edges), (self.edge, edges)) if k]).long()
-        view, y, x = flat // (height * width), flat // width % height, flat % width
-        return *pixel_rays(self.c2w[view], self.intrinsics[view], x, y), on_white(self.pixels[flat])
-
-def consolidation(decoder, memory):
-    """1/2 sum of fisher (w - anchor)^2 (Eq. 3 without lambda); memory: {'fisher', 'anchor'}, each {parameter name: tensor}."""
-    return 0.5 * sum((memory['fisher'][n] * (p - memory['anchor'][n]).square()).sum() for n, p in decoder.named_parameters())
-
-def fisher_information(decoder, losses):
-    """{name: mean squared gradient of the data loss} over several batches (scalar losses; Algorithm 1's single one is noisy), if finite."""
-    names, parameters = zip(*decoder.named_parameters(), strict=True)
-    batches = [torch.autograd.grad(loss, parameters) for loss in losses]
-    batches = [grads for grads in batches if all(g.isfinite().all() for g in grads)]
-    fisher = [sum((grads[i].square() for grads in batches), torch.zeros_like(p)) for i, p in enumerate(parameters)]
-    return {n: f / max(len(batches), 1) for n, f in zip(names, fisher, strict=True)}
-
-def fit_avatar(views, planes, decoder, config, *, span=(0.0, 1.0), steps=None, seconds=None,
-               decoder_optimizer=None, memory=None, sync=lambda done: None, seed=0, report=None):
-    """One visit to an avatar: fits planes (3, C, r, r), and the decoder where `decoder_optimizer` is given -> planes (3, C, R, R) in [-1,
-    1], grid, new memory (None without decoder_optimizer). span: the visit's part of the whole fit (size of the planes and learning rate
-    follow); `steps` steps, or about `seconds`. memory: IWC state of the last visit. sync(share done): before each step of the decoder."""
-    device, generator = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
-    reach = 2 * math.sqrt(3) / config.grid * float(views.intrinsics[:, 0].max() / views.c2w[:, :3, 3].norm(dim=-1).min().clamp(min=0.5))
-    rays = Rays(views, device, margin=6 + int(reach), edges=0.5 if decoder_optimizer is None else 0.0)     # pixels that may see the hull
-    grid = OccupancyGrid(config.grid, config.steps, device, visual_hull(views, config.grid) if views.has_alpha else None)
-    began, step, table, finite, finite_decoder = time.monotonic(), 0, None, Finite('fit'), Finite('decoder')
-    def data_loss(planes):
-        rays_o, rays_d, target = rays.draw(config.rays, generator)
-        shift = torch.rand(len(rays_o), generator=generator).to(device)
-        return F.mse_loss(render(PlaneField(planes, decoder), rays_o, rays_d, config.steps, grid, shift)[0], target)
-
-    while (done := step / steps if steps else (time.monotonic() - began) / seconds) < 1:
-        progress = span[0] + (span[1] - span[0]) * done
-        size = config.resolution // (4 if progress < 0.1 else 2 if progress < 0.3 else 1)          # coarse to fine
-        if table is None or table.shape[1] != size:                     # the first step, or the planes double
-            source = planes if table is None else table.detach().permute(0, 3, 1, 2)
-            table = resize_planes(source.to(device).float(), size).permute(0, 2, 3, 1).contiguous().requires_grad_()
-            optimizer = torch.optim.Adam([table], betas=(0.9, 0.99), fused=True)
-        view = table.permute(0, 3, 1, 2)                                # (3, C, size, size), channels-last
-        optimizer.param_groups[0]['lr'] = config.lr_planes * 0.05 ** progress
-        if step % 16 == 0:
-            grid.update(PlaneField(view.detach(), decoder), generator, None if step < 256 else grid.some_cells(generator))
-        shrink, low = torch.rand((), generator=generator) < config.rescale, int(torch.randint(size // 4, size, (), generator=generator))
-        terms = {'rgb': data_loss(resize_planes(view, low) if shrink else view)}
-        if step % 8 == 0:               # regularisers cost as much as the rays do: every eighth step, eight times
-            terms['tv'] = 8 * config.weight_tv * total_variation(view)
-            terms['l2'] = 8 * config.weight_l2 * 3 * view.square().mean()
-            if views.has_alpha:         # generated planes are rendered without a hull: keep empty cells empty
-                cell = torch.randint(config.grid, (4096, 3), generator=generator).to(device)
-                points = (cell + torch.rand(4096, 3, generator=generator).to(device)) * (2 / config.grid) - 1
-                sigma = PlaneField(view, decoder)(points)[0]            # a push on log density would harden a decoder in the making
-                excess = torch.log(sigma.clamp(min=EMPTY) / EMPTY) if decoder_optimizer is None else 0.2 * torch.log1p(sigma)
-                terms['empty'] = 8 * config.weight_empty * (excess * (grid.values[cell.unbind(1)] < 0)).mean()
-        if memory is not None:
-            terms['iwc'] = config.weight_iwc * consolidation(decoder, memory)
-        optimizer.zero_grad()
-        (loss := sum(terms.values())).backward()
-        if finite(loss, table.grad):
-            optimizer.step()
-            table.data.clamp_(-1, 1)
-        if decoder_optimizer is not None:
-            sync(done)
-            if finite_decoder(*(p.grad for p in decoder.parameters() if p.grad is not None)):                 # the same on all ranks
-                decoder_optimizer.step()
-            decoder_optimizer.zero_grad()
-        report and step % 50 == 0 and report(done, {k: v.item() for k, v in terms.items()})
-        step += 1
-    planes = table.detach().permute(0, 3, 1, 2)
-    if decoder_optimizer is None:
-        return planes, grid, None
-    fisher = fisher_information(decoder, (data_loss(planes) for _ in range(16)))
-    return planes, grid, {'fisher': fisher, 'anchor': {n: p.detach().clone() for n, p in decoder.named_parameters()}}
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of images in 0..1."""
     return -10 * math.log10(max(F.mse_loss(a, b).item(), 1e-10))
 
-# 8 Portrait features --------------------------------------------------------------------------------------------------
-# A frozen VAE turns the portrait into a latent (then a vector that joins the time embedding) and three maps (attention tokens, fine to
-# coarse; section 3.3), once, as t plays no part. Letters: E width of the time embedding, W of a token, P pixels a side of the portrait.
+
+# 6 Fitting ----------------------------------------------------------------------------------------
+# Images become planes (section 3.1). In the first stage (Algorithm 1) `replay` visits avatars again
+# and again; each visit, `fit_avatar`, trains the avatar's planes and the decoder that all share.
+# Identity-aware weight consolidation (IWC, Eq. 3) pulls the decoder to what the avatar's last visit
+# left, as far as its Fisher information says that the avatar needs it. In the second stage the
+# decoder is frozen and fit_avatar fits planes alone.
+class Views(NamedTuple):
+    """Posed images of one avatar, in the coordinates of its box."""
+    images: torch.Tensor  # (V, H, W, 4) uint8, straight alpha
+    c2w: torch.Tensor  # (V, 4, 4)
+    intrinsics: torch.Tensor  # (V, 4)
+    has_alpha: bool  # some pixel is transparent
+
+
+def on_white(images):
+    """uint8 RGBA (..., 4) -> float RGB (..., 3) in 0..1, composited on white."""
+    images = images.float() / 255
+    return images[..., :3] * images[..., 3:] + 1 - images[..., 3:]
+
+
+def near_silhouette(image, radius):
+    """Pixels (H, W) of an image (H, W, 4) at most `radius` from one that is not transparent."""
+    solid = (image[..., 3] > 0).float()[None]
+    wide = F.max_pool2d(solid, (1, 2 * radius + 1), 1, (0, radius))
+    return F.max_pool2d(wide, (2 * radius + 1, 1), 1, (radius, 0))[0] > 0
+
+
+@torch.no_grad()
+def visual_hull(views, G, seen_by=0.0):
+    """Cells (G, G, G) of the box that no image shows to be empty.
+
+    A cell is empty where the disc that it covers in some image is transparent, or where less than
+    the share `seen_by` of the views see it.
+    """
+    axis = (torch.arange(G) + 0.5) * (2 / G) - 1
+    cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing='ij'), dim=-1).view(-1, 3)
+    alive = torch.arange(len(cells))
+    share_of_views = torch.zeros(len(cells))
+    height, width = views.images.shape[1:3]
+    for image, c2w, intrinsics in zip(*views[:3], strict=True):
+        # Project the cells that are left into the image
+        fx, fy, cx, cy = intrinsics.tolist()
+        local = (cells[alive] - c2w[:3, 3]) @ c2w[:3, :3]  # camera coordinates, looking down -z
+        depth = (-local[:, 2]).clamp(min=1e-3)
+        x = fx * local[:, 0] / depth + cx
+        y = cy - fy * local[:, 1] / depth
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (local[:, 2] < 0)
+        share_of_views[alive] += inside / len(views.images)
+
+        # A cell's disc, where cells are large, in pixels
+        mean_depth = float(depth.mean().nan_to_num())
+        least_depth = max(mean_depth - 1, mean_depth / 2, 0.1)
+        radius = min(int(fx * math.sqrt(3) / G / least_depth) + 1, 64)
+
+        row = y.long().clamp(0, height - 1)
+        column = x.long().clamp(0, width - 1)
+        solid = near_silhouette(image, radius).view(-1)[row * width + column]
+        alive = alive[~inside | solid]
+
+    hull = torch.zeros(G ** 3, dtype=torch.bool)
+    hull[alive[share_of_views[alive] >= seen_by - 1e-4]] = True
+    return hull.view(G, G, G)
+
+
+class Rays:
+    """Random training rays over all views of an avatar.
+
+    With a `margin`, rays are of pixels at most so far from the silhouette: those further out miss
+    the visual hull and teach nothing. Of these, a share `edges` is of pixels within 2 of the
+    silhouette's edge, where most of a fit's error is. Without, they are of all pixels.
+    """
+    def __init__(self, views, device, margin=None, edges=0.5):
+        self.height, self.width = views.images.shape[1:3]
+        self.pixels = views.images.view(-1, 4).to(device)
+        self.c2w = views.c2w.to(device)
+        self.intrinsics = views.intrinsics.to(device)
+        self.near = None
+        self.edge = None
+        self.edges = 0.0
+        if margin is None:
+            return
+
+        near = [near_silhouette(image, margin) for image in views.images]
+        edge = [
+            near_silhouette(image, 2) & near_silhouette(255 - image, 2) for image in views.images
+        ]
+        self.near = self.indices(near, device)
+        self.edge = self.indices(edge, device)
+        if not len(self.near):
+            stop('all views of an avatar are fully transparent')
+        self.edges = edges if len(self.edge) else 0.0
+
+    @staticmethod
+    def indices(masks, device):
+        """Flat indices of the pixels of all views that are in masks (V, H, W)."""
+        return torch.stack(masks).view(-1).nonzero()[:, 0].to(device, torch.int32)
+
+    def draw(self, n, generator):
+        """rays_o and rays_d (n, 3), and the colours on white (n, 3) that they should have."""
+        device = self.pixels.device
+        if self.near is None:
+            flat = torch.randint(len(self.pixels), (n,), generator=generator).to(device)
+        else:
+            at_edge = int(self.edges * n)
+            picks = []
+            for index, count in ((self.near, n - at_edge), (self.edge, at_edge)):
+                if count:
+                    pick = torch.randint(len(index), (count,), generator=generator).to(device)
+                    picks.append(index[pick])
+            flat = torch.cat(picks).long()
+
+        view = flat // (self.height * self.width)
+        y = flat // self.width % self.height
+        x = flat % self.width
+        rays_o, rays_d = pixel_rays(self.c2w[view], self.intrinsics[view], x, y)
+        return rays_o, rays_d, on_white(self.pixels[flat])
+
+
+def rays_of(views, config, device, decoder_learns):
+    """The Rays of a fit. A decoder in the making got worse by rays at the edge, so it has none."""
+    if not config.silhouette_rays:
+        return Rays(views, device)
+    # in pixels, how large a cell of the grid is at most: the hull goes beyond the silhouette
+    distance = float(views.c2w[:, :3, 3].norm(dim=-1).min().clamp(min=0.5))
+    focal = float(views.intrinsics[:, 0].max())
+    cell = 2 * math.sqrt(3) / config.grid * focal / distance
+    return Rays(views, device, margin=6 + int(cell), edges=0.0 if decoder_learns else 0.5)
+
+
+def first_grid(views, config, device):
+    """The occupancy grid that a fit begins with: of the visual hull, where there is one."""
+    hull = None
+    if config.hull_start and views.has_alpha:
+        hull = visual_hull(views, config.grid)
+    return OccupancyGrid(config.grid, config.steps, device, hull)
+
+
+@torch.no_grad()
+def new_planes(decoder, config, generator):
+    """Planes (3, C, r, r) where the first visit to an avatar starts: 0.1 N(0, 1).
+
+    With fog_start that is around the smallest density feature which the decoder takes for a light
+    fog (sigma 1 to 5): a trained decoder sees thin air or a wall around zero, and there is no
+    gradient in either. r is R/4 where planes grow, else R.
+    """
+    _, C, r, _ = decoder.start.shape
+    if not config.coarse_to_fine:
+        r = config.resolution
+
+    centre = torch.zeros(C)
+    if config.fog_start:
+        candidates = torch.zeros(2 ** 14, C)
+        D = decoder.density_channels
+        directions = 2 * torch.rand(2 ** 14, D, generator=generator) - 1
+        candidates[:, -D:] = directions * torch.linspace(0, 1, 2 ** 14)[:, None]
+        sigma = decoder(candidates.to(decoder.start.device))[0].cpu()
+        off_fog = ((sigma + 1e-9).log() - 0.8).abs().sub(0.8).clamp(min=0)
+        centre = candidates[(candidates.norm(dim=1) + 10 * off_fog).argmin()]
+        centre = centre * (PLANE_DIVISOR / len(AXES))  # on each plane
+    noise = 0.1 * torch.randn(len(AXES), r, r, C, generator=generator)
+    return (centre + noise).permute(0, 3, 1, 2)
+
+
+def consolidation(decoder, memory):
+    """1/2 sum of fisher (w - anchor)^2: Eq. 3 without lambda.
+
+    memory is {'fisher', 'anchor'}, each {parameter name: tensor}.
+    """
+    fisher = memory['fisher']
+    anchor = memory['anchor']
+    return 0.5 * sum(
+        (fisher[name] * (w - anchor[name]).square()).sum() for name, w in decoder.named_parameters()
+    )
+
+
+def fisher_information(decoder, losses):
+    """Mean over scalar data losses of their squared gradients, {parameter name: tensor}.
+
+    Algorithm 1 has a single batch of rays, which is noisy. Losses whose gradients are not finite
+    are left out.
+    """
+    names, parameters = zip(*decoder.named_parameters(), strict=True)
+    batches = [torch.autograd.grad(loss, parameters) for loss in losses]
+    batches = [grads for grads in batches if all(g.isfinite().all() for g in grads)]
+    fisher = {}
+    for i, (name, parameter) in enumerate(zip(names, parameters)):
+        squares = sum((grads[i].square() for grads in batches), torch.zeros_like(parameter))
+        fisher[name] = squares / max(len(batches), 1)
+    return fisher
+
+
+class Finite:
+    """finite(tensors) tells whether a step may be taken: whether loss and gradients are finite.
+
+    It stops the program after `most` steps in a row that may not.
+    """
+    def __init__(self, what, most=5):
+        self.what = what
+        self.most = most
+        self.skipped = 0
+        self.row = 0
+
+    def __call__(self, *tensors):
+        if all(bool(x.isfinite().all()) for x in tensors):
+            self.row = 0
+            return True
+        self.row += 1
+        self.skipped += 1
+        if self.row >= self.most:
+            stop(f'{self.what}: loss or gradient not finite {self.row} times in a row; '
+                 'lower the learning rate (what is saved is finite)')
+        return False
+
+
+def by_steps(steps):
+    """The pace of a fit of so many steps: the share that is done, before each."""
+    for step in range(steps):
+        yield step / steps
+
+
+def by_seconds(seconds):
+    """The pace of a fit that takes about so many seconds."""
+    began = time.monotonic()
+    done = 0.0
+    while done < 1:
+        yield done
+        done = (time.monotonic() - began) / seconds
+
+
+def size_of_planes(progress, config):
+    """Texels a side at a share of a fit: R/4, from 10 % on R/2, from 30 % on R."""
+    if not config.coarse_to_fine or progress >= 0.3:
+        return config.resolution
+    return config.resolution // (4 if progress < 0.1 else 2)
+
+
+def planes_of(table):
+    """Planes (3, C, R, R) of a table (3, R, R, C), in which a fit stores them: channels-last."""
+    return table.permute(0, 3, 1, 2)
+
+
+def ray_losses(planes, decoder, rays, grid, config, generator):
+    """Weighted terms of the loss that a batch of random rays gives; `rgb` is the data loss."""
+    device = grid.values.device
+    rays_o, rays_d, target = rays.draw(config.rays, generator)
+    offset = torch.rand(len(rays_o), generator=generator).to(device)
+    field = PlaneField(planes, decoder)
+    cull = bool(config.cull)
+    rendered = render(field, rays_o, rays_d, config.steps, grid, offset, cull=cull)
+    return {'rgb': F.mse_loss(rendered.rgb, target)}
+
+
+def regularisers(planes, decoder, grid, config, generator, decoder_learns):
+    """What planes (3, C, R, R) should be besides: smooth, small, and empty outside of the hull.
+
+    Returns a dict of weighted terms. They cost as much as the rays do, so that a fit may have them
+    every so many steps, as many times as strong.
+    """
+    every = config.regulariser_every
+    terms = {
+        'tv': every * config.weight_tv * total_variation(planes),
+        'l2': every * config.weight_l2 * len(AXES) * planes.square().mean(),
+    }
+    # generated planes are rendered without a hull, so what is empty has to stay empty
+    outside = grid.values < 0
+    if config.weight_empty and outside.any():
+        device = planes.device
+        cell = torch.randint(config.grid, (4096, 3), generator=generator).to(device)
+        jitter = torch.rand(4096, 3, generator=generator).to(device)
+        sigma = PlaneField(planes, decoder)((cell + jitter) * (2 / config.grid) - 1)[0]
+        if decoder_learns:  # a push on log density would harden a decoder in the making
+            excess = 0.2 * torch.log1p(sigma)
+        else:
+            excess = torch.log(sigma.clamp(min=EMPTY) / EMPTY)
+        push = (excess * outside[cell.unbind(1)]).mean()
+        terms['empty'] = every * config.weight_empty * push
+    return terms
+
+
+class Joint(NamedTuple):
+    """What a visit needs besides when it trains the decoder, too."""
+    optimizer: torch.optim.Optimizer  # of the decoder
+    memory: dict | None  # what the avatar's last visit left, see consolidation
+    average: Callable[[], None]  # averages the decoder's gradients over the ranks
+    visit: int = 0  # which visit this is,
+    visits: int = 1  # of how many, to all avatars: the learning rate falls over all of them
+
+
+class Visit(NamedTuple):
+    """What fit_avatar returns."""
+    planes: torch.Tensor  # (3, C, R, R) in [-1, 1]
+    grid: OccupancyGrid
+    memory: dict | None  # for the avatar's next visit; None under a frozen decoder
+
+
+def step_decoder(decoder, joint, done, config, finite):
+    """A step of the decoder by the gradients of all ranks, at a share of a visit."""
+    share_of_training = (joint.visit + done) / joint.visits
+    lr = config.lr_decoder * config.decoder_final_lr ** share_of_training
+    joint.optimizer.param_groups[0]['lr'] = lr
+    joint.average()
+    # the same on all ranks, so all of them step, or none
+    if finite(*(p.grad for p in decoder.parameters() if p.grad is not None)):
+        joint.optimizer.step()
+    joint.optimizer.zero_grad()
+
+
+def fit_avatar(
+    views,  # Views to fit
+    start,  # planes (3, C, r, r) of any size that the fit begins with
+    decoder,
+    config,
+    pace,  # by_steps(n) or by_seconds(s): the share that is done, before each step
+    *,
+    span=(0.0, 1.0),  # the part of the avatar's whole fit: size and learning rate follow
+    joint=None,  # a Joint where the decoder learns, too
+    seed=0,
+    report=None,  # called with the share done and the terms of the loss, now and then
+):
+    """One visit to an avatar (the inner loop of Algorithm 1) -> Visit."""
+    device = next(decoder.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    rays = rays_of(views, config, device, decoder_learns=joint is not None)
+    grid = first_grid(views, config, device)
+    finite = Finite('fit')
+    finite_decoder = Finite('decoder')
+    table = None
+
+    for step, done in enumerate(pace):
+        progress = span[0] + (span[1] - span[0]) * done
+
+        # At the first step, and where the planes double: a new table, and an optimizer for it
+        size = size_of_planes(progress, config)
+        if table is None or table.shape[1] != size:
+            source = start if table is None else planes_of(table.detach())
+            source = resize_planes(source.to(device).float(), size)
+            table = source.permute(0, 2, 3, 1).contiguous().requires_grad_()
+            optimizer = torch.optim.Adam([table], betas=(0.9, 0.99), fused=True)
+        planes = planes_of(table)
+        optimizer.param_groups[0]['lr'] = config.lr_planes * config.planes_final_lr ** progress
+
+        if step % 16 == 0:
+            cells = None if step < 256 else grid.some_cells(generator)
+            grid.update(PlaneField(planes.detach(), decoder), generator, cells)
+
+        # Robust planes (Rodin): some steps see them at a random lower resolution. It is drawn at
+        # every step, so that what else is random stays the same without.
+        rescaled = torch.rand((), generator=generator) < config.rescale
+        lower = int(torch.randint(size // 4, size, (), generator=generator))
+        seen = resize_planes(planes, lower) if rescaled else planes
+
+        # Line 5 of Algorithm 1
+        terms = ray_losses(seen, decoder, rays, grid, config, generator)
+        if step % config.regulariser_every == 0:
+            terms |= regularisers(planes, decoder, grid, config, generator, joint is not None)
+        if joint and joint.memory and config.weight_iwc:
+            terms['iwc'] = config.weight_iwc * consolidation(decoder, joint.memory)
+        loss = sum(terms.values())
+
+        # Line 6: the planes, which stay in [-1, 1]
+        optimizer.zero_grad()
+        loss.backward()
+        if finite(loss, table.grad):
+            optimizer.step()
+            table.data.clamp_(-1, 1)
+
+        # Line 7: the decoder
+        if joint:
+            step_decoder(decoder, joint, done, config, finite_decoder)
+
+        if report and step % 50 == 0:
+            report(done, {name: term.item() for name, term in terms.items()})
+
+    planes = planes_of(table.detach())
+    if not joint:
+        return Visit(planes, grid, None)
+
+    # Line 9: what the decoder was at the end of this visit, and what of it matters here
+    losses = (
+        ray_losses(planes, decoder, rays, grid, config, generator)['rgb']
+        for _ in range(config.fisher_batches)
+    )
+    anchor = {name: w.detach().clone() for name, w in decoder.named_parameters()}
+    return Visit(planes, grid, {'fisher': fisher_information(decoder, losses), 'anchor': anchor})
+
+
+class Task(NamedTuple):
+    """An avatar, as replay finds it."""
+    views: Views
+    planes: torch.Tensor  # (3, C, r, r): its last visit's, or new ones
+    memory: dict | None  # its last visit's; None at the first
+
+
+def replay(tasks, decoder, config, *, optimizer, begin=0, seconds=None, seed=0):
+    """Algorithm 1, the first stage of fitting: task replay with weight consolidation.
+
+    Visits avatars again and again, config.inner steps each (or about so many `seconds`), until
+    each has had config.outer visits. It is a generator: after each visit it yields its number and
+    the Visit, and goes on from visit `begin`. `tasks` keeps avatars between their visits:
+
+        tasks.rounds             visits until each avatar has had one (on this rank)
+        tasks.load(n)            the Task of visit n; None where this rank has nothing to do
+        tasks.keep(n, visit)     keeps what the visit left, for the avatar's next one
+        tasks.average(active)    averages the decoder's gradients over the ranks that are active
+        tasks.report(n, done, terms)
+    """
+    visits = config.outer * tasks.rounds
+    for n in range(begin, visits):
+        outer = n // tasks.rounds
+        task = tasks.load(n)
+        memory = task.memory if task else None
+        average = functools.partial(tasks.average, active=task is not None)
+        joint = Joint(optimizer, memory, average, n, visits)
+        if task is None:
+            keep_pace(decoder, joint, config)
+            yield n, None
+            continue
+
+        visit = fit_avatar(
+            task.views,
+            task.planes,
+            decoder,
+            config,
+            by_seconds(seconds) if seconds else by_steps(config.inner),
+            span=(outer / config.outer, (outer + 1) / config.outer),
+            joint=joint,
+            seed=seed + n,
+            report=functools.partial(tasks.report, n),
+        )
+        tasks.keep(n, visit)
+        yield n, visit
+
+
+def keep_pace(decoder, joint, config):
+    """A rank without an avatar takes the other ranks' steps of the decoder."""
+    finite = Finite('decoder')
+    for done in by_steps(config.inner):
+        step_decoder(decoder, joint, done, config, finite)
+
+
+# 7 Portrait features ------------------------------------------------------------------------------
+# A frozen VAE looks at the portrait once (section 3.2, Eq. 7), since the timestep plays no part in
+# it. Its latent becomes a vector that joins the time embedding, its three finest maps become tokens
+# that the networks attend to. Another encoder can take its place: see portrait_encoder.
 conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
+
 def norm(channels, eps=1e-5):
-    """GroupNorm in 32 groups, as in the published models; 32 channels and fewer get 8 groups: one of one channel forgets its mean."""
-    return nn.GroupNorm(math.gcd(channels, 32 if channels > 32 else 8), channels, eps)
+    """GroupNorm in 32 groups, as in the published models.
+
+    32 channels and fewer get 8 groups: a group of one channel would forget its mean.
+    """
+    groups = 32 if channels > 32 else 8
+    return nn.GroupNorm(math.gcd(channels, groups), channels, eps)
+
 
 def zero(module):
     """Zeroes a module's parameters: a residual branch that ends in it starts as the identity."""
@@ -719,582 +1290,955 @@ def zero(module):
         nn.init.zeros_(p)
     return module
 
-def resized(channels, up, **mode):
-    """Doubles height and width, or halves them (padding only right and bottom, as published VAE weights expect); convolves."""
-    return nn.Sequential(OrderedDict(resize=nn.Upsample(scale_factor=2, **mode), conv=conv(channels, channels)) if up else
-                         OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
+
+def doubled(channels, **mode):
+    """Doubles height and width, then convolves. mode: of nn.Upsample."""
+    resize = nn.Upsample(scale_factor=2, **mode)
+    return nn.Sequential(OrderedDict(resize=resize, conv=conv(channels, channels)))
+
+
+def halved(channels):
+    """Halves height and width; pads right and bottom only, as published VAE weights expect."""
+    stride = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=stride))
+
 
 class ResnetBlock(nn.Module):
-    """Residual block of the VAE (emb 0) and of the upsample network (adds the time embedding; `second` is 3D-aware)."""
+    """Residual block of the VAE (emb 0), and of the upsample network.
+
+    In the latter the time embedding is added, and `second` makes the second convolution.
+    """
     def __init__(self, c_in, c_out, emb=0, second=conv):
         super().__init__()
-        self.norm1, self.conv1, self.emb = norm(c_in, 1e-6), conv(c_in, c_out), nn.Linear(emb, c_out) if emb else None
-        self.norm2, self.conv2 = norm(c_out, 1e-6), second(c_out, c_out)
+        self.norm1 = norm(c_in, 1e-6)
+        self.conv1 = conv(c_in, c_out)
+        self.emb = nn.Linear(emb, c_out) if emb else None
+        self.norm2 = norm(c_out, 1e-6)
+        self.conv2 = second(c_out, c_out)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb=None):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h if self.emb is None else h + self.emb(F.silu(emb))[:, :, None, None]
+        if self.emb is not None:
+            h = h + self.emb(F.silu(emb))[:, :, None, None]
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
 
 class VAEAttention(nn.Module):
     """Self-attention with a single head over all pixels."""
     def __init__(self, channels):
         super().__init__()
         self.group_norm = norm(channels, 1e-6)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))      # in a list for the sake of its name, to_out.0
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))  # its name is to_out.0
 
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]                              # (B, 1, pixels, channels)
+        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, pixels, channels)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out(h)[:, 0].transpose(1, 2).reshape(x.shape)
 
+
 class VAEBlock(nn.Module):
-    """Residual blocks at one resolution, then a halving, a doubling or neither; the middle has attention after the first."""
+    """Residual blocks at one resolution, then a halving, a doubling or neither.
+
+    The block in the middle has attention after its first residual block.
+    """
     def __init__(self, c_in, c_out, layers, down=False, up=False, middle=False):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_out if i else c_in, c_out) for i in range(layers))
+        widths = [c_in] + [c_out] * layers
+        self.resnets = nn.ModuleList(
+            ResnetBlock(a, b) for a, b in itertools.pairwise(widths)
+        )
         self.attentions = nn.ModuleList([VAEAttention(c_out)] if middle else [])
-        self.downsamplers = nn.ModuleList([resized(c_out, up=False)] if down else [])
-        self.upsamplers = nn.ModuleList([resized(c_out, up=True)] if up else [])
+        self.downsamplers = nn.ModuleList([halved(c_out)] if down else [])
+        self.upsamplers = nn.ModuleList([doubled(c_out)] if up else [])
 
     def forward(self, x):
-        for layer in (self.resnets[0], *self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
+        x = self.resnets[0](x)
+        for layer in (*self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
             x = layer(x)
         return x
 
+
 class VAE(nn.Module):
-    """Image autoencoder with the names and shapes of diffusers' AutoencoderKL; at `paper` SDXL's (83,653,863 parameters).
-    Images are (B, 3, P, P) in [-1, 1], P a multiple of 8; latents (B, 4, P/8, P/8), not yet times vae_scale."""
+    """Image autoencoder with the names and shapes of diffusers' AutoencoderKL.
+
+    At `paper` it is SDXL's, with 83,653,863 parameters. Images are (B, 3, P, P) in [-1, 1], P a
+    multiple of 8; latents are (B, 4, P/8, P/8), not yet times vae_scale.
+    """
     def __init__(self, config):
         super().__init__()
-        widths, layers, latent = config.vae_widths, config.vae_layers, config.vae_latent
+        widths = config.vae_widths
+        latent = config.vae_latent
         assert len(widths) == 4, f'the VAE has four levels, vae_widths has {len(widths)}'
-        top, *_, bottom = widths
-        self.encoder = nn.Sequential(OrderedDict(
-            conv_in=conv(3, top), down_blocks=nn.Sequential(
-                *(VAEBlock(*c, layers, down=i < 3) for i, c in enumerate(zip((top, *widths), widths)))),
+        self.encoder = self.make_encoder(widths, config.vae_layers, 2 * latent)
+        self.decoder = self.make_decoder(widths[::-1], config.vae_layers + 1, latent)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    @staticmethod
+    def make_encoder(widths, layers, latent):
+        """Images to `latent` channels; widths of the levels from fine to coarse."""
+        top = widths[0]
+        bottom = widths[-1]
+        return nn.Sequential(OrderedDict(
+            conv_in=conv(3, top),
+            down_blocks=nn.Sequential(*(
+                VAEBlock(c_in, c_out, layers, down=level < 3)
+                for level, (c_in, c_out) in enumerate(zip((top, *widths), widths))
+            )),
             mid_block=VAEBlock(bottom, bottom, 2, middle=True),
-            conv_norm_out=norm(bottom, 1e-6), silu=nn.SiLU(), conv_out=conv(bottom, 2 * latent)))
-        self.decoder = nn.Sequential(OrderedDict(
-            conv_in=conv(latent, bottom), mid_block=VAEBlock(bottom, bottom, 2, middle=True), up_blocks=nn.Sequential(
-                *(VAEBlock(*c, layers + 1, up=i < 3) for i, c in enumerate(zip((bottom, *widths[::-1]), widths[::-1])))),
-            conv_norm_out=norm(top, 1e-6), silu=nn.SiLU(), conv_out=conv(top, 3)))
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1), nn.Conv2d(latent, latent, 1)
+            conv_norm_out=norm(bottom, 1e-6),
+            silu=nn.SiLU(),
+            conv_out=conv(bottom, latent),
+        ))
+
+    @staticmethod
+    def make_decoder(widths, layers, latent):
+        """`latent` channels to images; widths of the levels from coarse to fine."""
+        bottom = widths[0]
+        top = widths[-1]
+        return nn.Sequential(OrderedDict(
+            conv_in=conv(latent, bottom),
+            mid_block=VAEBlock(bottom, bottom, 2, middle=True),
+            up_blocks=nn.Sequential(*(
+                VAEBlock(c_in, c_out, layers, up=level < 3)
+                for level, (c_in, c_out) in enumerate(zip((bottom, *widths), widths))
+            )),
+            conv_norm_out=norm(top, 1e-6),
+            silu=nn.SiLU(),
+            conv_out=conv(top, 3),
+        ))
 
     def features(self, images):
-        """The maps y1, y2, y3 at P/2, P/4, P/8, widths vae_widths[:3]. Also the features of a perceptual loss."""
-        x, maps = self.encoder.conv_in(images), []
+        """The maps y1, y2, y3 at P/2, P/4, P/8, with vae_widths[:3] channels.
+
+        They also are the features of a perceptual loss.
+        """
+        x = self.encoder.conv_in(images)
+        maps = []
         for block in self.encoder.down_blocks[:3]:
-            maps.append(x := block(x))
+            x = block(x)
+            maps.append(x)
         return maps
 
     def encode(self, images):
         """Images to posterior mean and log variance (B, 4, P/8, P/8), and `features`."""
         maps = self.features(images)
-        x = self.encoder[2:](self.encoder.down_blocks[3](maps[-1]))                             # from mid_block on
+        x = self.encoder.down_blocks[3](maps[-1])
+        x = self.encoder[2:](x)  # from mid_block on
         mean, logvar = self.quant_conv(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20), maps
 
+    def decode(self, latent):
+        """Latents to images (B, 3, P, P), not clamped."""
+        return self.decoder(self.post_quant_conv(latent))
+
     def forward(self, images, noise):
-        """Training: images and noise (B, 4, P/8, P/8) to a reconstruction from a posterior sample, mean, log variance."""
+        """Training: images, and noise (B, 4, P/8, P/8) that draws a sample of the posterior.
+
+        Returns the reconstruction from it, and the posterior's mean and log variance.
+        """
         mean, logvar, _ = self.encode(images)
         return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
 
-    def decode(self, latent):               # to images (B, 3, P, P), not clamped
-        return self.decoder(self.post_quant_conv(latent))
 
-def load_vae(path, config):
-    """A VAE with published AutoencoderKL weights (.safetensors, .bin, .pt); stops with one line where they do not fit."""
-    try:
-        if str(path).endswith('.safetensors'):
-            from safetensors.torch import load_file as load
-        else:
-            load = functools.partial(torch.load, map_location='cpu', weights_only=True)
-        state, vae = load(path), VAE(config)
-        for old, new in (('query', 'to_q'), ('key', 'to_k'), ('value', 'to_v'), ('proj_attn', 'to_out.0')):     # names until 2023,
-            state = {n.replace(f'.{old}.', f'.{new}.'): x for n, x in state.items()}
-        vae.load_state_dict({n: x[..., 0, 0] if '.attentions.' in n and x.ndim == 4 else x for n, x in state.items()})     # and 1x1 convs
-        return vae
-    except ImportError:
-        stop(f'{path} needs the safetensors package: pip install safetensors')
-    except Exception as error:          # missing, damaged or of another model: many types
-        stop(f'{path}: not weights of this VAE ({type(error).__name__}: {" ".join(str(error).split())[:160]})')
+# What a network and the encoder that it was trained with must have in common
+ENCODER_SETTINGS = ('portrait', 'vae_widths', 'vae_latent', 'vae_scale')
+
+
+def portrait_encoder(config):
+    """The network that looks at portraits, whose weights are in <runs>/vae.pt.
+
+    Another one needs two methods: encode(images) -> latent, anything, [y1, y2, y3], and
+    features(images) -> [y1, y2, y3], for images (B, 3, H, W) in [-1, 1]; and feature_shapes has to
+    tell what it returns. What chooses it belongs into ENCODER_SETTINGS. If it is not trained here,
+    `train.py --stage vae --set vae_steps=0` writes it as it is, or with the weights of --vae.
+    """
+    return VAE(config)
+
+
+def feature_shapes(config):
+    """(channels, pixels a side) of the latent, and a list of them for y1, y2, y3.
+
+    All layers that take these in ask here. Maps are cut into 8 x 8 patches, the latent into 2 x 2.
+    """
+    P = config.portrait
+    y1, y2, y3 = config.vae_widths[:3]
+    return (config.vae_latent, P // 8), [(y1, P // 2), (y2, P // 4), (y3, P // 8)]
+
 
 class Portrait(NamedTuple):
-    """What a network is conditioned on; the upsample network needs `lr` too."""
-    latent: torch.Tensor                    # (B, 4, P/8, P/8), posterior mean times vae_scale
-    maps: list                              # y1, y2, y3
-    lr: torch.Tensor | None = None          # low-resolution planes (B, 3, C, r, r); never dropped
+    """What a network is conditioned on; the upsample network needs `lr`, too."""
+    latent: torch.Tensor  # the posterior's mean times vae_scale, (B, 4, P/8, P/8) of the VAE
+    maps: list  # y1, y2, y3; see feature_shapes
+    lr: torch.Tensor | None = None  # low-resolution planes (B, 3, C, r, r), which are never dropped
 
-class Condition(NamedTuple):
-    """A Portrait after a network's own layers: all that does not depend on t."""
-    pooled: torch.Tensor                    # (B, E)
-    keys_values: dict                       # of each layer that attends to the portrait: (B, heads, L, head), twice
-    lr: torch.Tensor | None = None          # enlarged and rolled out, (B, C, R, 3R)
-    front: torch.Tensor | None = None       # what is added to the first features, (B, c, R, 3R)
-    prior: torch.Tensor | None = None       # what is added to x_start, (B, 3, C, R, R)
 
 @torch.no_grad()
 def encode_portrait(vae, images, config):
-    """Images (B, 3, P, P) in [-1, 1] to a Portrait. The posterior's mean, not a sample: the same every time."""
+    """Images (B, 3, P, P) in [-1, 1] to a Portrait.
+
+    It takes the posterior's mean, not a sample, so that it is the same every time. config is the
+    network's that will see it.
+    """
     mean, _, maps = vae.encode(images)
     return Portrait(mean * config.vae_scale, maps)
 
+
 def drop(portrait, keep=(False,)):
-    """Zeroes latent and maps where keep (B,) is false, by default all: the null condition. Its tokens are all alike, a GroupNorm's bias."""
-    latent, *maps = (x * torch.as_tensor(keep).to(x).view(-1, 1, 1, 1) for x in (portrait.latent, *portrait.maps))
-    return portrait._replace(latent=latent, maps=maps)
+    """Zeroes latent and maps where keep (B,) is false, by default all: the null condition.
+
+    Its tokens are all alike, the bias of a GroupNorm.
+    """
+    def masked(x):
+        return x * torch.as_tensor(keep).to(x).view(-1, 1, 1, 1)
+
+    maps = [masked(x) for x in portrait.maps]
+    return portrait._replace(latent=masked(portrait.latent), maps=maps)
+
+
+@dataclass
+class Condition:
+    """A Portrait after a network's own layers: all that does not depend on t."""
+    pooled: torch.Tensor  # (B, E)
+    keys_values: dict  # of each layer that attends to the portrait: (B, heads, L, head), twice
+    lr: torch.Tensor | None = None  # enlarged and rolled out, (B, C, R, 3R)
+
 
 def join(a, b):
-    """Two Conditions as one batch, for guidance."""
-    keys_values = {layer: [torch.cat(pair) for pair in zip(kv, b.keys_values[layer])] for layer, kv in a.keys_values.items()}
-    return Condition(torch.cat([a.pooled, b.pooled]), keys_values, *(x if x is None else torch.cat([x, y]) for x, y in zip(a[2:], b[2:])))
+    """Two Conditions as one batch, for guidance; works on all that they are made of."""
+    if a is None:
+        return None
+    if torch.is_tensor(a):
+        return torch.cat([a, b])
+    if isinstance(a, dict):
+        return {key: join(a[key], b[key]) for key in a}
+    if isinstance(a, (list, tuple)):
+        return [join(x, y) for x, y in zip(a, b)]
+    return replace(a, **{f.name: join(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)})
+
 
 class PortraitTokens(nn.Module):
-    """Some of the maps y1, y2, y3 (numbers in `used`), each cut into 8 x 8 patches: {number: tokens (B, 64, W)}."""
+    """Some of the maps y1, y2, y3 as tokens (supplement A).
+
+    used: numbers 0, 1, 2 of the maps. Each is cut into 8 x 8 patches: {number: (B, 64, W)}.
+    """
     def __init__(self, config, used):
         super().__init__()
-        assert config.portrait % 64 == 0, f'portrait {config.portrait} is no multiple of 64, so y3 has no 8 x 8 patches'
-        self.used, self.positions, sizes = used, config.positions, [config.portrait // n for n in (16, 32, 64)]
-        self.patches = nn.ModuleList(nn.Sequential(norm(config.vae_widths[i]), nn.Conv2d(config.vae_widths[i], config.token_width, sizes[i],
-                                                                                         stride=sizes[i], bias=False)) for i in used)
+        self.used = used
+        self.positions = config.positions
+        _, maps = feature_shapes(config)
+        self.patches = nn.ModuleList()
+        for i in used:
+            channels, pixels = maps[i]
+            assert pixels % 8 == 0, f'a map of {pixels} x {pixels} pixels has no 8 x 8 patches'
+            side = pixels // 8
+            cut = nn.Conv2d(channels, config.token_width, side, stride=side, bias=False)
+            self.patches.append(nn.Sequential(norm(channels), cut))
 
     def forward(self, maps):
-        tokens = {i: patch(maps[i]).flatten(2).transpose(1, 2) for i, patch in zip(self.used, self.patches)}
-        return {i: x + position_encoding(8, 8, x.shape[2]).to(x) for i, x in tokens.items()} if self.positions else tokens
+        tokens = {}
+        for i, patch in zip(self.used, self.patches):
+            tokens[i] = patch(maps[i]).flatten(2).transpose(1, 2)  # (B, 64, W)
+            if self.positions:
+                tokens[i] = tokens[i] + position_encoding(8, 8, tokens[i].shape[2]).to(tokens[i])
+        return tokens
+
 
 class PooledEmbedding(nn.Module):
-    """The latent as one vector (B, E): its four patches, attended to (8 heads) by their mean plus a learned vector."""
+    """The latent as one vector (B, E): its four patches, pooled by attention with 8 heads.
+
+    The query is the mean of the patches plus a learned vector (supplement A).
+    """
     def __init__(self, config, emb):
         super().__init__()
-        width, patch = config.pool_width, config.portrait // 16
+        width = config.pool_width
         assert width % 8 == 0, f'pool_width {width} is no multiple of 8 heads'
-        self.patch = nn.Conv2d(config.vae_latent, width, patch, stride=patch, bias=False)
-        self.norm, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(emb)
+        (channels, pixels), _ = feature_shapes(config)
+        side = pixels // 2
+        self.patch = nn.Conv2d(channels, width, side, stride=side, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(emb)
         self.query = nn.Parameter(torch.randn(width) / width ** 0.5)
-        self.q, self.k, self.v, self.proj = (nn.Linear(width, n) for n in (width, width, width, emb))
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, emb)
 
     def forward(self, latent):
-        tokens = self.norm(self.patch(latent).flatten(2).transpose(1, 2))                       # (B, 4, width)
-        query = tokens.mean(1, keepdim=True) + self.query                                       # (B, 1, width)
-        tokens = torch.cat([query, tokens], 1)                                                  # (B, 5, width)
-        q, k, v = (x.unflatten(2, (8, -1)).transpose(1, 2) for x in (self.q(query), self.k(tokens), self.v(tokens)))
-        return self.norm_out(self.proj(F.scaled_dot_product_attention(q, k, v).flatten(1)))     # (B, E)
+        tokens = self.norm(self.patch(latent).flatten(2).transpose(1, 2))  # (B, 4, width)
+        query = tokens.mean(1, keepdim=True) + self.query  # (B, 1, width)
+        tokens = torch.cat([query, tokens], 1)  # (B, 5, width)
 
-# 9 3D-aware U-Net -----------------------------------------------------------------------------------------------------
-# Two U-Nets over planes side by side (supplement A). 3D-aware convolution (Rodin, section 3.2) shows each texel the two other planes,
-# averaged over the axis that its own lacks. net(x, t, condition): t (B,) in [0, 1000], a Portrait or, faster when repeated, a Condition.
+        def heads(x):  # (B, n, width) -> (B, 8, n, width / 8)
+            return x.unflatten(2, (8, -1)).transpose(1, 2)
+
+        q, k, v = heads(self.q(query)), heads(self.k(tokens)), heads(self.v(tokens))
+        pooled = F.scaled_dot_product_attention(q, k, v).flatten(1)  # (B, width)
+        return self.norm_out(self.proj(pooled))  # (B, E)
+
+
+# 8 3D-aware U-Nets --------------------------------------------------------------------------------
+# Two U-Nets see the planes side by side (supplement A lists their layers). 3D-aware convolution
+# (Rodin, section 3.2) shows each texel of a plane what lies above it on the two others. Both are
+# called as net(x, t, condition): planes (B, 3, C, R, R), t (B,) in [0, 1000], and a Portrait or,
+# faster when it is used again and again, the Condition that net.condition makes of it.
 def timestep_embedding(t, width):
-    """Cosines, then sines, of t (B,) at width / 2 frequencies from 1 down to almost 1/10000: (B, width)."""
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2, device=t.device))
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    """Cosines, then sines, of t (B,) at width / 2 frequencies from 1 to almost 1/10000."""
+    order = torch.arange(width // 2, device=t.device)
+    frequencies = torch.exp(-math.log(10000) / (width // 2) * order)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, width)
+
 
 def position_encoding(rows, columns, width):
-    """Where the cells of an image are: (rows * columns, width), the timestep_embedding of row and of column, each from 0 to 100."""
-    row, column = torch.meshgrid(torch.linspace(0, 100, rows), torch.linspace(0, 100, columns), indexing='ij')
-    return torch.cat([timestep_embedding(x.reshape(-1), width // 2) for x in (row, column)], dim=1)
+    """Where the cells of an image are: (rows * columns, width).
+
+    The first half is the timestep_embedding of the row, the second of the column, each from 0 to
+    100.
+    """
+    row = torch.linspace(0, 100, rows)
+    column = torch.linspace(0, 100, columns)
+    row, column = torch.meshgrid(row, column, indexing='ij')
+    halves = [timestep_embedding(x.reshape(-1), width // 2) for x in (row, column)]
+    return torch.cat(halves, dim=1)
+
 
 class AwareConv(nn.Module):
-    """3D-aware convolution, (B, c_in, H, 3H) to (B, c_out, H, 3H), H at least 2; starts at zero. Plane p has its own 3 x 3 convolution of 3
-    c_in channels: the three planes, the two others averaged over the axis that p lacks. Such a mean is constant along p's other axis, so
-    its zero-padded convolution has three distinct lines, first, last and all between, each a 1D convolution: the same for less."""
+    """3D-aware convolution, (B, c_in, H, 3H) to (B, c_out, H, 3H), H at least 2; starts at zero.
+
+    Each plane has a 3 x 3 convolution of its own, which sees all three planes as 3 c_in channels:
+    itself as it is, and the others averaged over the axis that it lacks. Plane xy, for instance,
+    sees xz averaged over z: a line along x, which it repeats along y.
+    """
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.convs = nn.ModuleList(zero(conv(3 * c_in, c_out)) for _ in range(3))
+        self.convs = nn.ModuleList(zero(conv(3 * c_in, c_out)) for _ in AXES)
+
+    def plain(self, x):
+        """The meaning of `forward`."""
+        planes = x.chunk(len(AXES), dim=3)
+        out = []
+        for p, convolution in enumerate(self.convs):
+            seen = []
+            for q, other in enumerate(planes):
+                if q != p:
+                    averaged, constant = self.dimensions(p, q)
+                    lines = other.mean(averaged)  # (B, c_in, H)
+                    other = lines.unsqueeze(constant).expand_as(other)
+                seen.append(other)
+            out.append(convolution(torch.cat(seen, dim=1)))
+        return torch.cat(out, dim=3)
 
     def forward(self, x):
-        return torch.cat([self.convolve(p, x.chunk(3, dim=3)) for p in range(3)], dim=3)        # planes: 3 x (B, c_in, H, H)
+        return torch.cat([self.convolve(p, x) for p in range(len(AXES))], dim=3)
 
-    def convolve(self, p, planes):
-        weights = self.convs[p].weight.chunk(3, dim=1)                                          # 3 x (c_out, c_in, 3, 3)
-        out = F.conv2d(planes[p], weights[p], self.convs[p].bias, padding=1)                    # (B, c_out, H, H)
-        for q in {0, 1, 2} - {p}:
-            shared, = set(AXES[p]) & set(AXES[q])
-            across = 2 + AXES[p].index(shared)                          # the dimension of p along which q's share is constant
-            before, at, after = weights[q].unbind(across)               # kernels of the lines before, at and after the one that is made
+    def convolve(self, p, x):
+        """One plane's convolution, faster: what is constant along an axis costs a 1D convolution.
+
+        The zero-padded convolution of such a map has but three distinct lines: first, last, and all
+        between.
+        """
+        own = self.convs[p]
+        planes = x.chunk(len(AXES), dim=3)  # 3 x (B, c_in, H, H)
+        weights = own.weight.chunk(len(AXES), dim=1)  # 3 x (c_out, c_in, 3, 3)
+        out = F.conv2d(planes[p], weights[p], own.bias, padding=1)  # (B, c_out, H, H)
+        for q in range(len(AXES)):
+            if q == p:
+                continue
+            averaged, constant = self.dimensions(p, q)
+            lines = planes[q].mean(averaged)  # (B, c_in, H)
+
+            # The kernel, too, has lines along `constant`. As those of the map are all alike, those
+            # of the kernel that meet it add up: the first line has none before it, the last none
+            # after it.
+            before, at, after = weights[q].unbind(constant)  # 3 x (c_out, c_in, 3)
             kernels = torch.cat([at + after, before + at + after, before + at])
-            lines = F.conv1d(planes[q].mean(2 + AXES[q].index(shared)), kernels, padding=1)     # (B, 3 c_out, H)
-            first, between, last = lines.unsqueeze(across).chunk(3, dim=1)
-            out = out + torch.cat([first, between.expand_as(out).narrow(across, 1, out.shape[2] - 2), last], across)
+            made = F.conv1d(lines, kernels, padding=1)  # (B, 3 c_out, H): first, between, last
+            first, between, last = made.unsqueeze(constant).chunk(3, dim=1)
+            between = between.expand_as(out).narrow(constant, 1, out.shape[2] - 2)
+            out = out + torch.cat([first, between, last], constant)
         return out
 
+    @staticmethod
+    def dimensions(p, q):
+        """How plane p sees plane q: the dimension of q that is averaged away, and the dimension of
+        p along which the result is constant (2 is height, 3 is width)."""
+        shared, = set(AXES[p]) & set(AXES[q])
+        # planes are stored as (height, width), AXES are (width, height)
+        averaged = 2 + AXES[q].index(shared)
+        constant = 2 + AXES[p].index(shared)
+        return averaged, constant
+
+
 class ResBlock(nn.Module):
-    """Residual block of the base network: the time embedding scales and shifts; `resample` is applied before the first conv."""
+    """Residual block of the base network; the time embedding scales and shifts.
+
+    `resample` is applied to both branches, before the first convolution.
+    """
     def __init__(self, c_in, c_out, emb, aware=False, resample=None):
         super().__init__()
-        self.norm1, self.conv1, self.emb = norm(c_in), conv(c_in, c_out), nn.Linear(emb, 2 * c_out)
-        self.norm2, self.conv2 = norm(c_out), AwareConv(c_out, c_out) if aware else zero(conv(c_out, c_out))
-        self.skip, self.resample = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity(), resample or nn.Identity()
+        self.norm1 = norm(c_in)
+        self.conv1 = conv(c_in, c_out)
+        self.emb = nn.Linear(emb, 2 * c_out)
+        self.norm2 = norm(c_out)
+        self.conv2 = AwareConv(c_out, c_out) if aware else zero(conv(c_out, c_out))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.resample = resample or nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
-        return self.skip(self.resample(x)) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(self.resample(x)) + self.conv2(F.silu(h))
+
 
 class Attention(nn.Module):
-    """Texels (B, c, H, 3H) attend to tokens of portrait map number `map`, if any, and, if `joint`, to all texels, in one softmax."""
+    """Texels (B, c, H, 3H) attend to the tokens of portrait map number `map`, if any.
+
+    With `joint` they attend to one another as well, in the same softmax.
+    """
     def __init__(self, channels, head, token_width, joint, map, positions=0):
         super().__init__()
-        assert channels % head == 0, f'{channels} channels are no multiple of the head width {head}'
-        self.head, self.map, self.positions, self.norm = head, map, positions, norm(channels)
-        self.qkv, self.proj = nn.Linear(channels, (3 if joint else 1) * channels), zero(nn.Linear(channels, channels))
+        assert channels % head == 0, f'{channels} channels are no multiple of head width {head}'
+        self.heads = channels // head
+        self.map = map
+        self.positions = positions
+        self.norm = norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels if joint else channels)
+        self.proj = zero(nn.Linear(channels, channels))
         self.norm_tokens = nn.Identity() if joint else norm(token_width)
         self.kv = None if map is None else nn.Linear(token_width, 2 * channels)
 
-    def split(self, x):                     # (B, N, parts c), channels by head, then part, to parts (B, heads, N, head)
-        return [part.transpose(1, 2) for part in x.unflatten(2, (self.proj.in_features // self.head, -1, self.head)).unbind(3)]
+    def split(self, x, parts):
+        """(B, n, parts c), channels by head, then part -> parts x (B, heads, n, c / heads)."""
+        x = x.unflatten(2, (self.heads, parts, -1))
+        return [part.transpose(1, 2) for part in x.unbind(3)]
 
-    def keys_values(self, tokens):          # (B, L, W) to (B, heads, L, head), twice
-        return self.split(self.kv(self.norm_tokens(tokens.transpose(1, 2)).transpose(1, 2)))
+    def keys_values(self, tokens):
+        """Tokens (B, L, W) -> keys and values (B, heads, L, head)."""
+        tokens = self.norm_tokens(tokens.transpose(1, 2)).transpose(1, 2)
+        return self.split(self.kv(tokens), 2)
 
     def forward(self, x, keys_values=()):
-        h = self.norm(x).flatten(2).transpose(1, 2)                                             # (B, 3HH, c)
-        h = h + position_encoding(*x.shape[2:], x.shape[1]).to(h) if self.positions else h
-        q, *own = self.split(self.qkv(h))                                                       # (B, heads, 3HH, head)
-        k, v = (torch.cat(parts, 2) for parts in zip(*filter(len, (keys_values, own))))         # (B, heads, L + 3HH, head)
-        h = F.scaled_dot_product_attention(q, k, v)                                             # (B, heads, 3HH, head)
-        return x + self.proj(h.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, 3HH, c)
+        if self.positions:
+            h = h + position_encoding(*x.shape[2:], x.shape[1]).to(h)
+        parts = self.qkv.out_features // self.qkv.in_features
+        q, *own = self.split(self.qkv(h), parts)  # (B, heads, 3HH, head)
+
+        # Tokens first, then the texels' own keys and values: (B, heads, L + 3HH, head)
+        sources = [source for source in (keys_values, own) if source]
+        k = torch.cat([source[0] for source in sources], dim=2)
+        v = torch.cat([source[1] for source in sources], dim=2)
+
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.proj(h.transpose(1, 2).flatten(2))  # (B, 3HH, c)
+        return x + h.transpose(1, 2).reshape(x.shape)
+
 
 class UNet(nn.Module):
-    """What both networks share. maps: {plane height: number of the map seen there}; components: of a Prior; `checkpoint`: recompute."""
-    def __init__(self, config, width, mult, blocks, body, resolution, maps, c, components):
+    """What both networks share: embeddings, and a U of layers.
+
+    width: of the first level; maps: {plane height: number of the portrait map seen there}. With
+    `checkpoint` set, training computes activations again in the backward pass.
+
+    A subclass says which layers stand where (layers_at, resample), and what happens around the U
+    (on_planes). Its constructor calls add_condition, then add_body, then makes its own layers.
+    """
+    def __init__(self, config, width, maps):
         super().__init__()
-        assert resolution % 2 ** (len(mult) - 1) == 0, f'planes of {resolution} cannot be halved {len(mult) - 1} times'
-        self.config, self.width, self.emb, self.maps, self.checkpoint = config, width, 4 * width, maps, False
-        self.time = nn.Sequential(nn.Linear(width, self.emb), nn.SiLU(), nn.Linear(self.emb, self.emb))
-        self.tokens, self.pooled = PortraitTokens(config, sorted({*maps.values()} - {None})), PooledEmbedding(config, self.emb)
-        self.prior = None if components is None else shortcuts.Prior(config, resolution, components)
-        self.encoder, self.decoder, skips, height = nn.ModuleList(), nn.ModuleList(), [c], resolution
-        for level, m in enumerate(mult):
+        self.config = config
+        self.width = width
+        self.emb = 4 * width  # E
+        self.maps = maps
+        self.checkpoint = False
+
+    def add_condition(self):
+        """Layers for the time and the portrait."""
+        used = sorted({*self.maps.values()} - {None})
+        self.time = nn.Sequential(
+            nn.Linear(self.width, self.emb),
+            nn.SiLU(),
+            nn.Linear(self.emb, self.emb),
+        )
+        self.tokens = PortraitTokens(self.config, used)
+        self.pooled = PooledEmbedding(self.config, self.emb)
+
+    def add_body(self, c, mult, blocks, body, height):
+        """The U, over features of c channels on planes of `height` texels a side.
+
+        mult: width of each level, times self.width; blocks: a level; body: times in the middle.
+        """
+        halvings = len(mult) - 1
+        assert height % 2 ** halvings == 0, f'planes of {height} cannot be halved {halvings} times'
+        widths = [m * self.width for m in mult]
+        skips = [c]  # channels of what the way up will see
+        self.encoder = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        self.middle = nn.ModuleList()
+
+        # Down: each entry of the encoder gives one skip connection
+        for level, width in enumerate(widths):
             for _ in range(blocks):
-                self.encoder.append(nn.ModuleList(self.step(c, m * width, height)))
-                skips.append(c := m * width)
-            if level < len(mult) - 1:
+                self.encoder.append(nn.ModuleList(self.layers_at(height, c, width)))
+                c = width
+                skips.append(c)
+            if level < halvings:
                 self.encoder.append(nn.ModuleList([self.resample(c, up=False)]))
                 skips.append(c)
                 height //= 2
-        self.middle = nn.ModuleList(layer for _ in range(body) for layer in                     # Res, Attention, Res
-                                    (*self.step(c, c, height, middle=True), self.step(c, c, height)[0]))
-        for level, m in reversed(list(enumerate(mult))):
+
+        # The middle: residual, attention, residual
+        for _ in range(body):
+            self.middle.extend(self.layers_at(height, c, c, middle=True))
+            self.middle.append(self.layers_at(height, c, c)[0])
+
+        # Up again: each entry of the decoder takes one skip connection in
+        for level in reversed(range(len(widths))):
             for _ in range(blocks + 1):
-                self.decoder.append(nn.ModuleList(self.step(c + skips.pop(), c := m * width, height)))
-            if level:
+                layers = self.layers_at(height, c + skips.pop(), widths[level])
+                self.decoder.append(nn.ModuleList(layers))
+                c = widths[level]
+            if level > 0:
                 self.decoder[-1].append(self.resample(c, up=True))
                 height *= 2
 
     def condition(self, portrait):
         """A Portrait as this network's Condition: all that is the same at every t."""
         tokens = self.tokens(portrait.maps)
-        keys_values = {layer: layer.keys_values(tokens[layer.map]) for layer in self.modules() if isinstance(layer, Attention) and layer.kv}
-        return Condition(self.pooled(portrait.latent), keys_values, prior=self.prior and self.prior(portrait.latent))
+        keys_values = {
+            layer: layer.keys_values(tokens[layer.map])
+            for layer in self.modules()
+            if isinstance(layer, Attention) and layer.kv
+        }
+        return Condition(self.pooled(portrait.latent), keys_values)
 
-    def run(self, layers, x, emb, kv):      # x through layers, each of which is given what it takes besides
+    def run(self, layers, x, emb, condition):
+        """x through layers, each of which is given what it takes besides."""
         for layer in layers:
-            also = (emb,) if isinstance(layer, (ResBlock, ResnetBlock)) else (kv.get(layer, ()),) if isinstance(layer, Attention) else ()
-            x = checkpoint(layer, x, *also, use_reentrant=False) if self.checkpoint and self.training else layer(x, *also)
+            inputs = [x]
+            if isinstance(layer, (ResBlock, ResnetBlock)):
+                inputs.append(emb)
+            elif isinstance(layer, Attention):
+                inputs.append(condition.keys_values.get(layer, ()))
+            if self.checkpoint and self.training:
+                x = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x = layer(*inputs)
         return x
 
-    def u(self, h, emb, kv):                # down, through the middle, and up again with skip connections
+    def body(self, h, emb, condition):
+        """Down, through the middle, and up again with skip connections."""
         skips = [h]
         for layers in self.encoder:
-            skips.append(h := self.run(layers, h, emb, kv))
-        h = self.run(self.middle, h, emb, kv)
+            h = self.run(layers, h, emb, condition)
+            skips.append(h)
+        h = self.run(self.middle, h, emb, condition)
         for layers in self.decoder:
-            h = self.run(layers, torch.cat([h, skips.pop()], dim=1), emb, kv)
+            h = self.run(layers, torch.cat([h, skips.pop()], dim=1), emb, condition)
         return h
 
     def forward(self, x, t, condition):
-        condition = self.condition(condition) if isinstance(condition, Portrait) else condition
-        emb = self.time(timestep_embedding(t, self.width)) + condition.pooled                   # (B, E)
-        out = roll_in(self.planes(roll_out(x), emb, *condition[1:4]))                           # (B, 3, C or 2C, R, R)
-        return out if condition.prior is None else out + F.pad(condition.prior, (0, 0, 0, 0, 0, out.shape[2] - x.shape[2]))
+        if isinstance(condition, Portrait):
+            condition = self.condition(condition)
+        emb = self.time(timestep_embedding(t, self.width)) + condition.pooled  # (B, E)
+        return roll_in(self.on_planes(roll_out(x), emb, condition))  # (B, 3, C or 2C, R, R)
+
 
 class BaseUNet(UNet):
-    """Base network (supplement A, Table 5; 366,823,360 parameters at `paper`): planes (B, 3, C, r, r) to noise, variance (2C)."""
-    def __init__(self, config):
-        c, fold = config.base_width * config.base_mult[0], 1 if config.roll_out else 3
-        maps = {'multi': (0, 1, 2), 'single': (2, 2, 2), 'none': (None,) * 3}[config.tokens]
-        super().__init__(config, config.base_width, config.base_mult, config.base_blocks, 1, config.base_resolution,
-                         dict(zip(config.base_attention, maps)), c, (config.base_predict == 'x_start' and config.components) or None)
-        self.conv_in, self.norm_out, self.conv_out = conv(fold * config.channels, c), norm(c), zero(conv(c, 2 * fold * config.channels))
+    """Base network: planes (B, 3, C, r, r) to their noise and a variance, (B, 3, 2C, r, r).
 
-    def step(self, c_in, c_out, height, middle=False):          # where there is no map, texels attend to one another alone
-        res, c = ResBlock(c_in, c_out, self.emb, aware=bool(self.config.roll_out) and height in self.config.base_aware), self.config
-        attends = middle or height in self.maps
-        return [res, Attention(c_out, c.head_width, c.token_width, True, self.maps.get(height), c.positions)] if attends else [res]
+    At `paper` it has 366,823,360 parameters (supplement A lists the layers).
+    """
+    def __init__(self, config):
+        attends_to = {'multi': (0, 1, 2), 'single': (2, 2, 2), 'none': (None, None, None)}
+        maps = dict(zip(config.base_attention, attends_to[config.tokens]))
+        super().__init__(config, config.base_width, maps)
+        channels = config.channels if config.roll_out else len(AXES) * config.channels
+        c = config.base_width * config.base_mult[0]
+
+        self.add_condition()
+        self.add_body(c, config.base_mult, config.base_blocks, 1, config.base_resolution)
+        self.conv_in = conv(channels, c)
+        self.norm_out = norm(c)
+        self.conv_out = zero(conv(c, 2 * channels))
+
+    def layers_at(self, height, c_in, c_out, middle=False):
+        config = self.config
+        aware = bool(config.roll_out) and height in config.base_aware
+        layers = [ResBlock(c_in, c_out, self.emb, aware)]
+        if middle or height in self.maps:
+            # where there is no map, texels attend to one another alone
+            seen = self.maps.get(height)
+            layers.append(Attention(
+                c_out, config.head_width, config.token_width, True, seen, config.positions
+            ))
+        return layers
 
     def resample(self, c, up):
-        return ResBlock(c, c, self.emb, resample=nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2))
+        resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
+        return ResBlock(c, c, self.emb, resample=resize)
 
-    def planes(self, x, emb, kv, *_):
-        x = x if self.config.roll_out else torch.cat(x.chunk(3, dim=3), dim=1)                  # (B, C, r, 3r) or (B, 3C, r, r)
-        x = self.conv_out(F.silu(self.norm_out(self.u(self.conv_in(x), emb, kv))))
-        return x if self.config.roll_out else torch.cat(x.chunk(3, dim=1), dim=3)               # (B, 2C, r, 3r)
+    def on_planes(self, x, emb, condition):
+        """(B, C, r, 3r) to (B, 2C, r, 3r)."""
+        if not self.config.roll_out:
+            x = torch.cat(x.chunk(len(AXES), dim=3), dim=1)  # (B, 3C, r, r)
+        h = self.body(self.conv_in(x), emb, condition)
+        out = self.conv_out(F.silu(self.norm_out(h)))
+        if not self.config.roll_out:
+            out = torch.cat(out.chunk(len(AXES), dim=1), dim=3)
+        return out
+
 
 class UpsampleUNet(UNet):
-    """The upsample network (supplement A, Table 6): noisy planes and a Portrait with `lr` to x_start, (B, 3, C, R, R) both. 337,301,920
-    parameters at `paper`; the released code, which attends to the latent's 4 patches instead of y1's 64 tokens, has 320,557,728."""
-    def __init__(self, config):
-        width, planes, lowest = config.up_width, config.channels, config.resolution // 2 ** (len(config.up_mult) - 1)
-        self.second = AwareConv if config.up_aware else lambda a, b: zero(conv(a, b))           # both start at zero
-        super().__init__(config, width, config.up_mult, config.up_blocks, config.up_body, config.resolution,
-                         {} if config.tokens == 'none' else {lowest: 0}, width + planes, 0 if config.components else None)
-        self.front = zero(conv(config.vae_latent + config.vae_widths[0], width)) if config.aligned else None
-        self.conv_in, self.head = conv(planes, width), nn.ModuleList(self.step(width, width))
-        self.tail = nn.ModuleList(self.step(width * config.up_mult[0] + width + planes, width) + self.step(width, planes))
-        self.out = ResnetBlock(2 * planes, planes, second=self.second)
-        with torch.no_grad():               # the network starts as the identity on the enlarged planes (ours; saves it the first epochs)
-            nn.init.zeros_(self.out.conv_shortcut.bias)
-            self.out.conv_shortcut.weight[..., 0, 0] = torch.cat([torch.zeros(planes, planes), torch.eye(planes)], dim=1)
+    """Upsample network: noisy planes and a Portrait with `lr` to x_start, both (B, 3, C, R, R).
 
-    def step(self, c_in, c_out, height=None, middle=False):
-        res, c = ResnetBlock(c_in, c_out, self.emb, second=self.second), self.config
-        return [res, Attention(c_out, c.up_head_width, c.token_width, False, 0, c.positions)] if middle and self.maps else [res]
+    At `paper` it has 337,301,920 parameters (supplement A lists the layers); the released code,
+    which attends to the latent's 4 patches in place of y1's 64 tokens, has 320,557,728.
+    """
+    def __init__(self, config):
+        lowest = config.resolution // 2 ** (len(config.up_mult) - 1)
+        super().__init__(config, config.up_width, {} if config.tokens == 'none' else {lowest: 0})
+        width = config.up_width
+        C = config.channels
+        top = width + C  # first features and low-resolution planes
+        last = width * config.up_mult[0] + top
+
+        self.add_condition()
+        self.add_body(top, config.up_mult, config.up_blocks, config.up_body, config.resolution)
+        self.conv_in = conv(C, width)
+        self.head = nn.ModuleList([self.block(width, width)])
+        self.tail = nn.ModuleList([self.block(last, width), self.block(width, C)])
+        self.out = ResnetBlock(2 * C, C, second=self.second_conv)
+        if config.identity_start:
+            self.start_as_identity()
+
+    def second_conv(self, c_in, c_out):
+        """The second convolution of a block, 3D-aware or not; both start at zero."""
+        if self.config.up_aware:
+            return AwareConv(c_in, c_out)
+        return zero(conv(c_in, c_out))
+
+    def block(self, c_in, c_out):
+        return ResnetBlock(c_in, c_out, self.emb, second=self.second_conv)
+
+    @torch.no_grad()
+    def start_as_identity(self):
+        """Makes the network return the enlarged low-resolution planes at first."""
+        shortcut = self.out.conv_shortcut  # from (h, lr) to planes
+        C = shortcut.out_channels
+        nn.init.zeros_(shortcut.bias)
+        keeps_lr = torch.cat([torch.zeros(C, C), torch.eye(C)], dim=1)
+        shortcut.weight[..., 0, 0] = keeps_lr
+
+    def layers_at(self, height, c_in, c_out, middle=False):
+        config = self.config
+        layers = [self.block(c_in, c_out)]
+        if middle and self.maps:
+            layers.append(Attention(
+                c_out, config.up_head_width, config.token_width, False, 0, config.positions
+            ))
+        return layers
 
     def resample(self, c, up):
-        return resized(c, up, mode='bilinear', align_corners=True)
+        return doubled(c, mode='bilinear', align_corners=True) if up else halved(c)
 
     def condition(self, portrait):
-        """A Portrait with `lr`: the planes are enlarged (bicubic) here, once."""
-        lr = F.interpolate(portrait.lr.flatten(1, 2), size=self.config.resolution, mode='bicubic', align_corners=True)
-        front = self.front and F.pad(self.front(shortcuts.front_features(portrait, R := self.config.resolution)), (R, R))
-        return super().condition(portrait)._replace(lr=roll_out(lr.unflatten(1, portrait.lr.shape[1:3])), front=front)
+        """A Portrait with `lr` as Condition: its planes are enlarged (bicubic) here, once."""
+        lr = portrait.lr.flatten(1, 2)
+        size = self.config.resolution
+        lr = F.interpolate(lr, size=size, mode='bicubic', align_corners=True)
+        lr = lr.unflatten(1, portrait.lr.shape[1:3])  # (B, 3, C, R, R)
+        return replace(super().condition(portrait), lr=roll_out(lr))
 
-    def planes(self, x, emb, kv, lr, front):
-        h = self.run(self.head, self.conv_in(x) + (0 if front is None else front), emb, kv)     # (B, width, R, 3R)
-        top = torch.cat([h, lr], dim=1)                                                         # (B, width + C, R, 3R)
-        h = torch.cat([self.u(top, emb, kv), top], dim=1)                                       # (B, 2 width + C, R, 3R)
-        return self.run([self.out], torch.cat([self.run(self.tail, h, emb, kv), lr], dim=1), None, kv)             # (B, C, R, 3R)
+    def first_features(self, x, condition):
+        """(B, C, R, 3R) to (B, width, R, 3R); shortcuts.py adds to them."""
+        return self.conv_in(x)
 
-# 10 Diffusion ---------------------------------------------------------------------------------------------------------
-# Schedules, losses and sampler (section 3.4). Planes are redundant, noise hides less of them than of an image: both schedules destroy them
-# faster than the linear one. A model is any model(x, t, condition); base predicts noise and a variance, upsample x_start.
+    def on_planes(self, x, emb, condition):
+        """(B, C, R, 3R) to (B, C, R, 3R). The enlarged planes come in at three places."""
+        lr = condition.lr
+        h = self.run(self.head, self.first_features(x, condition), emb, condition)
+        top = torch.cat([h, lr], dim=1)  # (B, width + C, R, 3R)
+        h = self.body(top, emb, condition)  # (B, width, R, 3R)
+        h = self.run(self.tail, torch.cat([h, top], dim=1), emb, condition)  # (B, C, R, 3R)
+        return self.run([self.out], torch.cat([h, lr], dim=1), None, condition)
+
+
+# 9 Diffusion --------------------------------------------------------------------------------------
+# Schedules, losses and sampler (section 3.2, Eqs. 4 and 5). Planes are redundant, and noise hides
+# less of them than of an image: both schedules of the paper destroy them faster than the linear
+# one. A model is any function model(x, t, condition).
 def noise_schedule(name, timesteps):
-    """betas (T,), float64, at most 0.999: Chen's `cosine` (start 0.2, end 1, tau 3) and `sigmoid` (0, 3, 0.1), or `linear` (DDPM)."""
+    """betas (T,), float64, at most 0.999; entry i belongs to the time t = (i + 1) / T.
+
+    `cosine` (start 0.2, end 1, tau 3) and `sigmoid` (start 0, end 3, tau 0.1) are Chen's, `linear`
+    is DDPM's.
+    """
     if name == 'linear':
-        return (torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64) * 1000 / timesteps).clamp(max=0.999)
+        betas = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64) * 1000 / timesteps
+        return betas.clamp(max=0.999)
+
+    # alpha_bar at t = 0, 1/T ... 1, up to scale and offset: it is brought to go from 1 to 0
     t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-    curve = {'cosine': torch.cos((0.2 + 0.8 * t) * math.pi / 2) ** 6, 'sigmoid': torch.sigmoid(-30 * t)}[name]
+    if name == 'cosine':
+        tau = 3
+        curve = torch.cos((0.2 + 0.8 * t) * math.pi / 2) ** (2 * tau)
+    elif name == 'sigmoid':
+        curve = torch.sigmoid(-30 * t)  # 3 t / tau
     alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
+
 def discretised_log_likelihood(x, mean, log_std):
-    """Log of the mass that a Gaussian puts on the bin of width 2/255 around x in [-1, 1]; the outer bins are open."""
-    upper, lower = ((x - mean + side / 255) * torch.exp(-log_std) for side in (1, -1))
-    inside = (torch.special.ndtr(upper) - torch.special.ndtr(lower)).clamp(min=1e-12).log()
-    return torch.where(x > 0.999, torch.special.log_ndtr(-lower), torch.where(x < -0.999, torch.special.log_ndtr(upper), inside))
+    """Log of the mass that a Gaussian puts on the bin of width 2/255 around x in [-1, 1].
+
+    The outer bins are open (Improved DDPM).
+    """
+    upper = (x - mean + 1 / 255) * torch.exp(-log_std)
+    lower = (x - mean - 1 / 255) * torch.exp(-log_std)
+    mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    inside = mass.clamp(min=1e-12).log()
+    below_the_last = torch.where(x < -0.999, torch.special.log_ndtr(upper), inside)
+    return torch.where(x > 0.999, torch.special.log_ndtr(-lower), below_the_last)
+
+
+class Step(NamedTuple):
+    """A step of sampling, from one noise level to the next lower one, `prev`."""
+    x: torch.Tensor  # (B, 3, C, R, R)
+    x_start: torch.Tensor  # what the model takes x for, in [-1, 1]
+    variance: torch.Tensor | None  # as the model predicts it
+    alpha_bar: float  # of x
+    alpha_bar_prev: float  # of what is wanted
+
 
 class Diffusion:
-    """A discrete process over planes (B, 3, C, R, R): schedule, loss, sampler; coefficients in float64. The model predicts `noise` or
-    `x_start`, with learned_variance twice the channels. t (B,) are integers 0 ... T - 1; the model is always given t * 1000 / T."""
+    """A discrete diffusion process over planes (B, 3, C, R, R): schedule, loss and sampler.
+
+    The model predicts `noise` or `x_start`; with learned_variance it returns twice the channels.
+    t (B,) are integers 0 ... T - 1, and the model is always given t * 1000 / T. Coefficients are
+    computed in float64.
+    """
     def __init__(self, schedule, timesteps, predict='noise', learned_variance=False):
-        self.timesteps, self.predict, self.learned_variance = timesteps, predict, learned_variance
+        self.timesteps = timesteps
+        self.predict = predict
+        self.learned_variance = learned_variance
         self.betas = noise_schedule(schedule, timesteps)
         self.alpha_bar = torch.cumprod(1 - self.betas, 0)
         self.alpha_bar_prev = F.pad(self.alpha_bar[:-1], (1, 0), value=1.0)
-        variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)        # beta~, zero at t = 0:
-        self.posterior_logvar = torch.cat([variance[1:2], variance[1:]]).log()          # its log there is that at t = 1
 
-    def at(self, values, t):                # entries t of a float64 table in float32, shaped to multiply planes
-        return values.float().to(t.device)[t].view(-1, 1, 1, 1, 1)
+        # beta~ is zero at t = 0; its logarithm there is that at t = 1
+        variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        self.posterior_logvar = torch.cat([variance[1:2], variance[1:]]).log()
+
+    def entries(self, table, t):
+        """Entries t (B,) of a float64 table in float32, shaped to multiply planes."""
+        return table.float().to(t.device)[t].view(-1, 1, 1, 1, 1)
 
     def q_sample(self, x_start, t, noise):
         """x_t = sqrt(alpha_bar) x_start + sqrt(1 - alpha_bar) noise (DDPM, Eq. 4)."""
-        return self.at(self.alpha_bar.sqrt(), t) * x_start + self.at((1 - self.alpha_bar).sqrt(), t) * noise
+        of_start = self.entries(self.alpha_bar.sqrt(), t)
+        of_noise = self.entries((1 - self.alpha_bar).sqrt(), t)
+        return of_start * x_start + of_noise * noise
 
     def posterior(self, x_start, x_t, t):
         """Mean and log variance of q(x_{t-1} | x_t, x_start) (DDPM, Eqs. 6 and 7)."""
         of_start = self.alpha_bar_prev.sqrt() * self.betas / (1 - self.alpha_bar)
         of_t = (1 - self.betas).sqrt() * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
-        return self.at(of_start, t) * x_start + self.at(of_t, t) * x_t, self.at(self.posterior_logvar, t)
+        mean = self.entries(of_start, t) * x_start + self.entries(of_t, t) * x_t
+        return mean, self.entries(self.posterior_logvar, t)
 
-    def x_start_of(self, out, x_t, alpha_bar):
-        return out if self.predict == 'x_start' else (x_t - (1 - alpha_bar) ** 0.5 * out) / alpha_bar ** 0.5
+    def x_start_of(self, prediction, x_t, alpha_bar):
+        """x_start by what the model predicts; alpha_bar is a number, or entries for each sample."""
+        if self.predict == 'x_start':
+            return prediction
+        return (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar ** 0.5
 
     def loss(self, model, x_start, t, noise, condition=None):
-        """Terms, a dict of scalars whose sum is the loss, and the predicted x_start, not clamped. mse: of what is predicted; vlb
-        (learned variance): bits a value times T / 1000, its mean detached to train the variance alone (Improved DDPM, section 3.1)."""
+        """Terms, a dict of scalars whose sum is the loss, and the predicted x_start, not clamped.
+
+        mse: of what is predicted (Eqs. 4 and 5). vlb, with a learned variance: see variance_loss.
+        """
         x_t = self.q_sample(x_start, t, noise)
         out = model(x_t, t * (1000 / self.timesteps), condition).float()
-        out, *share = out.chunk(2, dim=2) if self.learned_variance else [out]
-        terms = {'mse': F.mse_loss(out, noise if self.predict == 'noise' else x_start)}
-        predicted = self.x_start_of(out, x_t, self.at(self.alpha_bar, t))
-        if share:
-            (true_mean, low), (mean, _) = self.posterior(x_start, x_t, t), self.posterior(predicted.detach(), x_t, t)
-            logvar = low + (share[0] + 1) / 2 * (self.at(self.betas.log(), t) - low)
-            kl = (logvar - low + torch.exp(low - logvar) + (true_mean - mean) ** 2 * torch.exp(-logvar) - 1) / 2
-            first = t == 0
-            kl[first] = -discretised_log_likelihood(x_start[first], mean[first], logvar[first] / 2)
-            terms['vlb'] = kl.mean() / math.log(2) * self.timesteps / 1000
+        variance = None
+        if self.learned_variance:
+            out, variance = out.chunk(2, dim=2)
+        target = noise if self.predict == 'noise' else x_start
+        terms = {'mse': F.mse_loss(out, target)}
+        predicted = self.x_start_of(out, x_t, self.entries(self.alpha_bar, t))
+        if self.learned_variance:
+            terms['vlb'] = self.variance_loss(x_start, x_t, t, predicted.detach(), variance)
         return terms, predicted
 
+    def variance_loss(self, x_start, x_t, t, predicted, variance):
+        """The variational bound in bits a value, times T / 1000 (Improved DDPM, section 3.1).
+
+        The predicted x_start comes detached, so that this trains the variance alone: -1 is beta~,
+        1 is beta, and between them the logarithm is interpolated.
+        """
+        true_mean, low_logvar = self.posterior(x_start, x_t, t)
+        mean, _ = self.posterior(predicted, x_t, t)
+        high_logvar = self.entries(self.betas.log(), t)
+        logvar = low_logvar + (variance + 1) / 2 * (high_logvar - low_logvar)
+
+        kl = logvar - low_logvar + torch.exp(low_logvar - logvar)
+        kl = (kl + (true_mean - mean) ** 2 * torch.exp(-logvar) - 1) / 2
+        first = t == 0
+        kl[first] = -discretised_log_likelihood(x_start[first], mean[first], logvar[first] / 2)
+        return kl.mean() / math.log(2) * self.timesteps / 1000
+
     @torch.no_grad()
-    def sample(self, model, draw, condition=None, null=None, guidance=1.0, steps=10, eta=1.0, watch=lambda x_start: None, progress=False):
-        """Planes (B, 3, C, R, R) in [-1, 1], in `steps` even steps that begin at T - 1; ValueError unless 1 ... T. draw() gives unit noise
-        of that shape. guidance: s in null + s (conditional - null); 1 never runs null. eta: 1 ancestral (with the learned variance, if
-        any), below 1 DDIM (Eqs. 12, 16). watch: called with each x_start."""
+    def sample(
+        self,
+        model,
+        draw,  # draw() returns unit noise (B, 3, C, R, R)
+        condition=None,
+        null=None,  # the null condition, for guidance
+        guidance=1.0,  # s in null + s (conditional - null); 1 never runs the null condition
+        steps=10,  # even steps of the chain, which begin at T - 1
+        eta=1.0,  # 1 is ancestral sampling, below 1 is DDIM
+        watch=None,  # called with each x_start
+        progress=iter,  # wraps the iterable of steps: tqdm, for instance
+    ):
+        """Planes (B, 3, C, R, R) in [-1, 1]; ValueError unless steps are 1 ... T."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f'{steps} sampling steps of a process of {self.timesteps} timesteps')
-        times = [round((i + 1) * self.timesteps / steps) - 1 for i in range(steps)]     # 99, 199, ..., 999 for 10 of 1000
-        x, (halves, both) = draw(), (1, condition) if guidance == 1 else (2, join(condition, null))
-        for i in tqdm(reversed(range(steps)), total=steps, desc='sampling', disable=not progress):
-            alpha_bar, alpha_bar_prev = self.alpha_bar[times[i]].item(), self.alpha_bar[times[i - 1]].item() if i else 1.0
-            beta = 1 - alpha_bar / alpha_bar_prev                                       # of the respaced chain, as is beta~
-            beta_tilde = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
-            t = torch.full((halves * len(x),), times[i] * 1000 / self.timesteps, device=x.device)
-            out, *free = model(torch.cat([x] * halves), t, both).float().chunk(halves)
-            guided = free[0] + guidance * (out - free[0]) if free else out
-            if self.learned_variance:
-                guided, share = guided.chunk(2, dim=2)[0], (out.chunk(2, dim=2)[1] + 1) / 2     # the variance is not guided
-            x_start = self.x_start_of(guided, x, alpha_bar).clamp(-1, 1)
-            watch(x_start)
-            if i:                                                                       # the last step returns x_start
-                eps = (x - alpha_bar ** 0.5 * x_start) / (1 - alpha_bar) ** 0.5         # again, from the clamped x_start
-                std = eta * beta_tilde ** 0.5
-                x = alpha_bar_prev ** 0.5 * x_start + max(1 - alpha_bar_prev - std ** 2, 0) ** 0.5 * eps
-                if self.learned_variance and eta == 1:
-                    std = torch.exp((share * math.log(beta) + (1 - share) * math.log(beta_tilde)) / 2)
-                x = x + std * draw()
+        # 99, 199, ..., 999 for 10 of 1000
+        times = [round((i + 1) * self.timesteps / steps) - 1 for i in range(steps)]
+        x = draw()
+        if guidance != 1:
+            condition = join(condition, null)
+
+        for i in progress(range(steps - 1, -1, -1)):
+            alpha_bar = self.alpha_bar[times[i]].item()
+            t = times[i] * 1000 / self.timesteps
+            prediction, variance = self.guided(model, x, t, condition, guidance)
+            x_start = self.x_start_of(prediction, x, alpha_bar).clamp(-1, 1)
+            if watch:
+                watch(x_start)
+            if i > 0:  # the last step goes to alpha_bar = 1, where x is x_start
+                alpha_bar_prev = self.alpha_bar[times[i - 1]].item()
+                step = Step(x, x_start, variance, alpha_bar, alpha_bar_prev)
+                x = self.previous(step, eta, draw)
         return x_start
 
-# 11 Running -----------------------------------------------------------------------------------------------------------
-# A process group always exists (of size 1 without torchrun), so no loop asks whether there is one. Files are whole or not there (atomic),
-# have one writer (claim), hold no NaN (Finite), and never run code when they are read (weights_only).
-def one_line(kind, error, trace):
-    """sys.excepthook of all scripts: what the machine refuses (a full disk, a folder) and Ctrl-C end in one line."""
-    if not issubclass(kind, (OSError, KeyboardInterrupt)):
-        return sys.__excepthook__(kind, error, trace)
-    print(f'error: {error}' if str(error) else 'interrupted; the same command goes on after the last file written', file=sys.stderr)
+    def guided(self, model, x, t, condition, guidance):
+        """The model's prediction at a time t, guided, and its variance, which is not."""
+        B = len(x)
+        if guidance != 1:
+            x = torch.cat([x, x])
+        t = torch.full((len(x),), t, device=x.device)
+        out = model(x, t, condition).float()
+        conditional = out[:B]
+        prediction = conditional
+        if guidance != 1:
+            free = out[B:]
+            prediction = free + guidance * (conditional - free)
+        if not self.learned_variance:
+            return prediction, None
+        return prediction.chunk(2, dim=2)[0], conditional.chunk(2, dim=2)[1]
 
-def start(device=None, seed=0):
-    """Starts the process group (patient: shards are uneven), seeds PyTorch by seed and rank -> rank, world, device."""
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
-        stop(f'--device {device}: give cpu, or cuda where PyTorch sees a GPU')
-    if not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous('env://')) if 'RANK' in os.environ else (dist.HashStore(), 0, 1)
-        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)  # torchrun's still has what dead ranks wrote
-        dist.init_process_group('gloo' if device == 'cpu' else 'nccl', store=store, rank=rank, world_size=world, timeout=timedelta(days=7))
-        atexit.register(dist.destroy_process_group)
-    (rank, world), sys.excepthook = (dist.get_rank(), dist.get_world_size()), one_line             # in place of torch.distributed's
-    if device.startswith('cuda'):
-        device = f'cuda:{os.environ["LOCAL_RANK"]}' if 'LOCAL_RANK' in os.environ else device
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.manual_seed(seed * 1000 + rank)
-    return rank, world, torch.device(device)
+    def previous(self, step, eta, draw):
+        """x one step nearer to the data: ancestral, or DDIM (Eqs. 12 and 16).
 
-@contextlib.contextmanager
-def atomic(path):
-    """A temporary path beside `path` (same suffix) to write to, which becomes `path` if all goes well, and else leaves the old file be."""
-    temporary = (path := Path(path)).with_name(f'.{os.getpid()}.tmp.{path.name}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                                    # torch.save raises RuntimeError on a full disk
-        stop(f'{path}: cannot be written ({str(error).splitlines()[0][:100]})')
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        The learned variance is used with eta 1 alone.
+        """
+        x, x_start, variance, alpha_bar, alpha_bar_prev = step
+        beta = 1 - alpha_bar / alpha_bar_prev
+        beta_tilde = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        noise = (x - alpha_bar ** 0.5 * x_start) / (1 - alpha_bar) ** 0.5  # by the clamped x_start
+        std = eta * beta_tilde ** 0.5
+        towards_noise = max(1 - alpha_bar_prev - std ** 2, 0) ** 0.5
+        x = alpha_bar_prev ** 0.5 * x_start + towards_noise * noise
+        if self.learned_variance and eta == 1:
+            share = (variance + 1) / 2
+            std = torch.exp((share * math.log(beta) + (1 - share) * math.log(beta_tilde)) / 2)
+        return x + std * draw()
 
-@contextlib.contextmanager
-def claim(path):
-    """Whether this process may write `path`; False while another one may. Locks a byte of <folder>/.lock until the process ends."""
-    path, mine = Path(path), True
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / '.lock', 'a') as lock:
-        try:
-            import fcntl
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(path.name.encode()))
-        except (ImportError, OSError) as error:                                 # Windows has no fcntl, so no claims
-            mine = isinstance(error, ImportError)
-        yield mine
 
-class Finite:
-    """finite(tensors): whether a step may be taken: False where a loss or gradient is NaN or infinite. Stops after `most` such in a row."""
-    def __init__(self, what, most=5):
-        self.what, self.most, self.skipped, self.row = what, most, 0, 0
+# 10 Generation ------------------------------------------------------------------------------------
+# The cascade: a portrait is encoded, the base network makes low-resolution planes of noise, and the
+# upsample network planes of these and more noise.
+class Avatars(NamedTuple):
+    planes: torch.Tensor  # (B, 3, C, R, R) in [-1, 1]
+    low: torch.Tensor  # the low-resolution planes that they were made of, (B, 3, C, r, r)
 
-    def __call__(self, *tensors):
-        fine = all(bool(x.isfinite().all()) for x in tensors)
-        self.row, self.skipped = 0 if fine else self.row + 1, self.skipped + (not fine)
-        if self.row >= self.most:
-            stop(f'{self.what}: loss or gradient not finite {self.row} times in a row; lower the learning rate (what is saved is finite)')
-        return fine
-
-def write_checkpoint(path, kind, content):
-    """Writes a dict of plain types and tensors; kind ('decoder', 'planes', 'vae', ...) is checked by read_checkpoint."""
-    with atomic(path) as temporary:
-        torch.save({'kind': kind, **content}, temporary)
-
-def read_checkpoint(path, kind, made_by=''):
-    """Reads what write_checkpoint wrote; tensors are memory-mapped, so what is not used is not read."""
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except FileNotFoundError:
-        stop(f'{path}: there is no such file' + (f'; make it with {made_by}' if made_by else ''))
-    except Exception as error:          # torch.load raises many types on damaged files
-        stop(f'{path}: not a readable checkpoint, or damaged ({type(error).__name__}); delete it and make it again')
-    found = content.get('kind', 'unknown') if isinstance(content, dict) else 'unknown'
-    found == kind or stop(f'{path}: is a checkpoint of kind {found!r}, expected {kind!r}')
-    return content
-
-MODELS = {'decoder': (Decoder, 'python fit.py --decoder'), 'vae': (VAE, 'python train.py --stage vae'),
-          'base': (BaseUNet, 'python train.py --stage base'), 'upsample': (UpsampleUNet, 'python train.py --stage upsample')}
-
-def write_model(path, kind, config, state, step):
-    """A model for inference: its Config and weights in fp16 (the decoder's, which are few, in fp32)."""
-    dtype = torch.float32 if kind == 'decoder' else torch.float16
-    write_checkpoint(path, kind, {'config': vars(config), 'model': {k: v.to('cpu', dtype) for k, v in state.items()}, 'step': step})
-
-def load_model(kind, folder, device):
-    """The model of a kind from folder/<kind>.pt, in fp32, frozen, with its Config as .config; one line where that fails."""
-    (build, made_by), path = MODELS[kind], Path(folder) / f'{kind}.pt'
-    content = read_checkpoint(path, kind, made_by)
-    try:
-        model = build(config := Config(**{k: v for k, v in content['config'].items() if k in Config.__dataclass_fields__}))
-        model.load_state_dict(content['model'])
-        assert all(x.isfinite().all() for x in model.state_dict().values()), 'it holds NaN or infinite values'
-    except (KeyError, TypeError, RuntimeError, AssertionError) as error:
-        stop(f'{path}: does not fit this program ({str(error).splitlines()[0][:80]}); make it again with {made_by}')
-    model.config = config
-    return model.requires_grad_(False).eval().to(device)
-
-def load_models(runs='runs', fits='fits', device='cpu'):
-    """All four models: of `runs`, with the decoder of `fits`, if a diffusion model was trained there, else those that ship, of weights/."""
-    trained = any((Path(runs) / f'{kind}.pt').exists() for kind in ('base', 'upsample'))
-    folders = {kind: Path(__file__).parent / 'weights' if not trained else fits if kind == 'decoder' else runs for kind in MODELS}
-    models = {kind: load_model(kind, folder, device) for kind, folder in folders.items()}
-    if len({(m.config.channels, m.config.resolution, m.config.portrait, m.config.vae_widths) for m in models.values()}) > 1:
-        stop(f'the models in {runs} and {fits} are of different presets; train all stages with the same one')
-    return models
 
 def diffusion_of(stage, config):
-    """The Diffusion of stage 'base' (predicts noise or x_start, and a variance) or 'upsample' (predicts x_start)."""
-    return (Diffusion(config.base_schedule, config.base_timesteps, config.base_predict, learned_variance=True) if stage == 'base' else
-            Diffusion(config.up_schedule, config.up_timesteps, 'x_start'))
+    """The Diffusion of stage 'base' (with a learned variance) or 'upsample' (x_start, without)."""
+    if stage == 'base':
+        return Diffusion(
+            config.base_schedule, config.base_timesteps, config.base_predict, learned_variance=True
+        )
+    return Diffusion(config.up_schedule, config.up_timesteps, 'x_start')
+
 
 @torch.no_grad()
-def sample_stage(stage, network, portrait, low=None, guidance=1.0, steps=None, eta=1.0, seed=0, mix=None, **how):
-    """Planes (B, 3, C, R, R) in [-1, 1]; noise i is that of seed + i or, with mix (B, n), of n seeds mixed. See Diffusion.sample."""
-    portrait, config, device = portrait._replace(lr=low), network.config, portrait.latent.device
-    size, count = config.base_resolution if stage == 'base' else config.resolution, len(portrait.latent) if mix is None else mix.shape[1]
-    generators = [torch.Generator().manual_seed(2 * (seed + i) + (stage == 'base')) for i in range(count)]
-    def draw():
-        noise = torch.stack([torch.randn(3, config.channels, size, size, generator=g) for g in generators])
-        return (noise if mix is None else torch.tensordot(mix, noise, 1)).to(device)
-    condition, null = network.condition(portrait), network.condition(drop(portrait)) if guidance != 1 else None
-    return diffusion_of(stage, config).sample(network, draw, condition, null, guidance, steps or config.sample_steps, eta, **how)
+def sample_stage(
+    stage,  # 'base' or 'upsample'
+    network,
+    portrait,  # a Portrait of B
+    low=None,  # upsample: low-resolution planes (B, 3, C, r, r)
+    guidance=1.0,
+    steps=None,  # the network's own number
+    seed=0,
+    mix=None,
+    **how,  # what else Diffusion.sample takes
+):
+    """Planes (B, 3, C, R, R) in [-1, 1].
 
-def generate(models, portrait, guidance=None, steps=None, eta=1.0, seed=0, mix=None, progress=False):
-    """A Portrait, images (B, 3, P, P) in [-1, 1], or a number of avatars of nobody -> planes, low-resolution planes; of load_models."""
-    config, device = models['base'].config, next(models['base'].parameters()).device
-    images = torch.zeros(portrait, 3, config.portrait, config.portrait) if isinstance(portrait, int) else portrait
-    seen = images if isinstance(images, Portrait) else encode_portrait(models['vae'], images.to(device), config)
-    nobody = isinstance(portrait, int) or config.condition_drop == 1                       # in the second case portraits were never shown
-    seen, guidance = (drop(seen), 1.0) if nobody else (seen, config.guidance if guidance is None else guidance)
-    low = sample_stage('base', models['base'], seen, None, guidance, steps, eta, seed, mix, progress=progress)
-    return sample_stage('upsample', models['upsample'], seen, low, 1.0, steps, eta, seed, mix, progress=progress), low
+    Noise i is that of seed + i or, with mix (B, n), a mixture of that of n seeds.
+    """
+    config = network.config
+    portrait = portrait._replace(lr=low)
+    device = portrait.latent.device
+    size = config.base_resolution if stage == 'base' else config.resolution
+    count = len(portrait.latent) if mix is None else mix.shape[1]
+    seeds = [2 * (seed + i) + (stage == 'base') for i in range(count)]
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+    def draw():
+        shape = (len(AXES), config.channels, size, size)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        if mix is not None:
+            noise = torch.tensordot(mix, noise, 1)
+        return noise.to(device)
+
+    condition = network.condition(portrait)
+    null = network.condition(drop(portrait)) if guidance != 1 else None
+    steps = steps or config.sample_steps
+    diffusion = diffusion_of(stage, config)
+    return diffusion.sample(network, draw, condition, null, guidance, steps, **how)
+
+
+def generate(models, portrait, guidance=None, steps=None, seed=0, mix=None, **how):
+    """The whole cascade -> Avatars.
+
+    models: {'vae', 'base', 'upsample'}. portrait: images (B, 3, P, P) in [-1, 1], a Portrait, or a
+    number of avatars of nobody. guidance: of the base model, by default its own. steps: of each
+    model, by default its own. seed, mix: see sample_stage. how: eta, watch, progress of
+    Diffusion.sample.
+    """
+    base = models['base']
+    config = base.config
+    nobody = isinstance(portrait, int)
+    if nobody:
+        portrait = torch.zeros(portrait, 3, config.portrait, config.portrait)
+    if torch.is_tensor(portrait):
+        device = next(base.parameters()).device
+        portrait = encode_portrait(models['vae'], portrait.to(device), config)
+
+    if guidance is None:
+        guidance = config.guidance
+    if nobody or config.condition_drop == 1:  # or training never showed a portrait
+        portrait = drop(portrait)
+        guidance = 1.0
+    how = dict(steps=steps, seed=seed, mix=mix, **how)
+    low = sample_stage('base', base, portrait, guidance=guidance, **how)
+    planes = sample_stage('upsample', models['upsample'], portrait, low, **how)
+    return Avatars(planes, low)

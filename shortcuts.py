@@ -1,47 +1,170 @@
-"""Two shortcuts that the papers do not have, off at `paper`, for networks that are small and trained briefly: they need not find out by
-themselves what all avatars have in common (`Prior`), nor where in space it is that a portrait shows (`front_features`). Letters as in
-rodinhd.py.
+"""Two shortcuts that the papers do not have, for networks that are small and trained briefly.
+
+They need not find out by themselves what all avatars have in common (`Prior`, with the setting
+components above 0), nor where in space it is that a portrait shows (`front_features`, with the
+setting aligned). The networks here are those of rodinhd.py with these beside; `base_network` and
+`upsample_network` pick by the configuration. Both are off in `paper`. Letters as in rodinhd.py.
 """
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import rodinhd as rh
+
+
+def base_network(config):
+    """The base network that a config asks for."""
+    # what is added is planes, so the network has to predict planes, too
+    if config.components and config.base_predict == 'x_start':
+        return BaseUNet(config)
+    return rh.BaseUNet(config)
+
+
+def upsample_network(config):
+    """The upsample network that a config asks for."""
+    if config.components or config.aligned:
+        return UpsampleUNet(config)
+    return rh.UpsampleUNet(config)
+
 
 class Prior(nn.Module):
-    """A morphable model of planes (after Blanz and Vetter): latent (B, 4, P/8, P/8) to (B, 3, C, R, R), the mean of the training planes
-    plus `count` principal components of them, weighted by the latent. Networks that predict x_start add it to their output."""
+    """A morphable model of planes (after Blanz and Vetter): a latent (B, 4, P/8, P/8) to
+    (B, 3, C, R, R).
+
+    That is the mean of the training planes plus `count` principal components of them, which the
+    latent weights.
+    """
     def __init__(self, config, resolution, count):
         super().__init__()
-        inputs, shape = config.vae_latent * (config.portrait // 16) ** 2, (3, config.channels, resolution, resolution)
-        self.mean, self.components = (nn.Parameter(torch.zeros(n, *shape), requires_grad=False) for n in (1, count))
-        self.weights = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(inputs, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(),
-                                     nn.Linear(256, count)) if count else None
+        shape = (3, config.channels, resolution, resolution)
+        self.mean = nn.Parameter(torch.zeros(1, *shape), requires_grad=False)
+        self.components = nn.Parameter(torch.zeros(count, *shape), requires_grad=False)
+        self.weights = None
+        if count:
+            (channels, pixels), _ = rh.feature_shapes(config)
+            inputs = channels * (pixels // 2) ** 2
+            self.weights = nn.Sequential(
+                nn.AvgPool2d(2),
+                nn.Flatten(),
+                nn.Linear(inputs, 256),
+                nn.SiLU(),
+                nn.Linear(256, 256),
+                nn.SiLU(),
+                nn.Linear(256, count),
+            )
 
     def forward(self, latent):
         if not self.weights:
             return self.mean.expand(len(latent), *self.mean.shape[1:])
-        with torch.autocast(latent.device.type, enabled=False):        # planes in bfloat16 have two digits
-            return self.mean + torch.tensordot(self.weights(latent.float()), self.components, 1)
+        with torch.autocast(latent.device.type, enabled=False):  # bfloat16 has two digits
+            weights = self.weights(latent.float())
+            return self.mean + torch.tensordot(weights, self.components, 1)
 
     @torch.no_grad()
     def learn(self, planes):
-        """Sets mean and components (times their standard deviations; zeros where avatars are too few) by an iterable of (3, C, R, R)."""
+        """Sets the mean and the components by an iterable of planes (3, C, R, R).
+
+        Components are scaled by their standard deviations; where avatars are too few they are zero.
+        """
         rows = []
         for n, x in enumerate(planes, start=1):
             self.mean.lerp_(x.to(self.mean), 1 / n)
             if self.weights:
                 rows.append(x.flatten())
-        if rows:
-            rows = torch.stack(rows).to(self.mean) - self.mean.flatten()                        # (N, 3CRR)
-            vectors = torch.linalg.eigh(rows @ rows.T)[1].flip(1)[:, :len(self.components)].T   # (K, N), the largest first
-            self.components.zero_()[:len(vectors)] = (vectors @ rows / n ** 0.5).view(-1, *self.mean.shape[1:])
+        if not rows:
+            return
+        rows = torch.stack(rows).to(self.mean) - self.mean.flatten()  # (N, 3CRR)
+        vectors = torch.linalg.eigh(rows @ rows.T)[1].flip(1)  # (N, N), the largest first
+        vectors = vectors[:, :len(self.components)].T  # (K, N)
+        found = (vectors @ rows / n ** 0.5).view(-1, *self.mean.shape[1:])
+        self.components.zero_()
+        self.components[:len(found)] = found
+
 
 def front_features(portrait, R):
-    """Pixel-aligned features (PIFu): latent and y1 of a Portrait as texels of the xz plane see them, (B, 4 + c1, R, R). A portrait shows a
-    face (y = -0.4) from a distance of 4 with a field of view of 34 degrees; its first row is on top, the plane's last is."""
-    at = torch.linspace(-1, 1, R, device=portrait.latent.device) / ((4 - 0.4) * math.tan(math.radians(34 / 2)))
-    grid = torch.stack(torch.meshgrid(at, -at, indexing='xy'), dim=-1).expand(len(portrait.latent), R, R, 2)
-    maps = [F.interpolate(x.float(), size=R, mode='bilinear', antialias=True) for x in (portrait.latent, portrait.maps[0])]
+    """Pixel-aligned features (PIFu): latent and y1 of a Portrait as the texels of the xz plane see
+    them, (B, 4 + c1, R, R).
+
+    A portrait shows a face, at y = -0.4, from a distance of 4. Its first row is on top, the
+    plane's last is.
+    """
+    half_width = (4 - 0.4) * math.tan(math.radians(rh.PORTRAIT_FOV / 2))  # of what is in view
+    x = torch.linspace(-1, 1, R, device=portrait.latent.device) / half_width
+    grid = torch.stack(torch.meshgrid(x, -x, indexing='xy'), dim=-1)
+    grid = grid.expand(len(portrait.latent), R, R, 2)
+    maps = [
+        F.interpolate(features.float(), size=R, mode='bilinear', antialias=True)
+        for features in (portrait.latent, portrait.maps[0])
+    ]
     return F.grid_sample(torch.cat(maps, dim=1), grid, align_corners=False)
+
+
+@dataclass
+class Condition(rh.Condition):
+    """A Condition with what the shortcuts add."""
+    prior: torch.Tensor | None = None  # added to x_start, (B, 3, C, R, R)
+    front: torch.Tensor | None = None  # added to the first features, (B, c, R, 3R)
+
+
+class BaseUNet(rh.BaseUNet):
+    """The base network that adds what all avatars have in common to its x_start."""
+    def add_condition(self):
+        super().add_condition()
+        config = self.config
+        self.prior = Prior(config, config.base_resolution, config.components)
+
+    def condition(self, portrait):
+        plain = super().condition(portrait)
+        return Condition(**vars(plain), prior=self.prior(portrait.latent))
+
+    def forward(self, x, t, condition):
+        return with_prior(super().forward, self, x, t, condition)
+
+
+class UpsampleUNet(rh.UpsampleUNet):
+    """The upsample network with what all avatars have in common (their mean alone), with the
+    portrait laid onto the xz plane, or with both."""
+    def add_condition(self):
+        super().add_condition()
+        self.prior = None
+        if self.config.components:
+            self.prior = Prior(self.config, self.config.resolution, 0)
+
+    def add_body(self, *sizes):
+        super().add_body(*sizes)
+        self.front = None
+        if self.config.aligned:
+            (latent, _), maps = rh.feature_shapes(self.config)
+            y1, _ = maps[0]
+            self.front = rh.zero(rh.conv(latent + y1, self.config.up_width))
+
+    def condition(self, portrait):
+        condition = Condition(**vars(super().condition(portrait)))
+        if self.prior is not None:
+            condition.prior = self.prior(portrait.latent)
+        if self.front is not None:
+            R = self.config.resolution
+            front = self.front(front_features(portrait, R))  # of the xz plane, which is the middle
+            condition.front = F.pad(front, (R, R))
+        return condition
+
+    def first_features(self, x, condition):
+        features = super().first_features(x, condition)
+        return features if condition.front is None else features + condition.front
+
+    def forward(self, x, t, condition):
+        return with_prior(super().forward, self, x, t, condition)
+
+
+def with_prior(forward, network, x, t, condition):
+    """What `forward` makes of (x, t, condition), plus the prior; its variance stays as it is."""
+    if isinstance(condition, rh.Portrait):
+        condition = network.condition(condition)
+    out = forward(x, t, condition)
+    if condition.prior is None:
+        return out
+    variance = out.shape[2] - x.shape[2]  # channels
+    return out + F.pad(condition.prior, (0, 0, 0, 0, 0, variance))

@@ -1,9 +1,10 @@
-"""Shared by all tests: the project's modules, and two small synthetic avatars drawn once."""
+"""What all tests share: the project's modules, a seed, and two small avatars drawn once."""
 import os
 import sys
 from pathlib import Path
 
-if 'PYTEST_XDIST_WORKER' in os.environ:                 # one of several processes, each on a core; torch and its children read this
+# One of several processes, each on a core: PyTorch and the tests' own processes read this
+if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
@@ -18,6 +19,7 @@ import rodinhd as rh  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def seeded():
+    """Seeds PyTorch before each test."""
     torch.manual_seed(0)
 
 
@@ -31,4 +33,5 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def tiny():
+    """The Config of the preset for tests."""
     return rh.make_config('tiny')

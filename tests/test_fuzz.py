@@ -1,6 +1,7 @@
-"""Files from strangers: mutated avatars, portraits and checkpoints give finite content or one line, never a traceback, and soon.
+"""Files from strangers: mutated avatars, portraits and checkpoints give finite content or one line,
+never a traceback, and soon.
 
-FUZZ=3000 python -m pytest tests/test_fuzz.py    tries that many of each kind
+    FUZZ=3000 python -m pytest tests/test_fuzz.py    tries that many of each kind
 """
 import json
 import os
@@ -12,111 +13,147 @@ import pytest
 import torch
 
 import rodinhd as rh
+import running
+import scenes
 
 hypothesis = pytest.importorskip('hypothesis')
 st = hypothesis.strategies
-COUNT = int(os.environ.get('FUZZ', 60))
-many = hypothesis.settings(max_examples=COUNT, deadline=None, database=None, derandomize='FUZZ' not in os.environ,
-                           suppress_health_check=list(hypothesis.HealthCheck))
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=9)
+
+many = hypothesis.settings(
+    max_examples=int(os.environ.get('FUZZ', 60)),
+    deadline=None,
+    database=None,
+    derandomize='FUZZ' not in os.environ,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+seeds = st.integers(0, 2 ** 32)
+
+
+def lists_and_dicts(inner):
+    """What a JSON file may hold besides single values."""
+    keys = st.text(max_size=5)
+    return st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=3)
+
+
+single_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+VALUES = st.recursive(single_values, lists_and_dicts, max_leaves=9)
 
 
 def mutated(data, seed):
-    """Bytes with a few bits flipped, pieces cut out, repeated, moved or overwritten."""
-    rng, data = random.Random(seed), bytearray(data)
+    """Returns bytes with a few bits flipped, pieces cut out, repeated, moved or overwritten."""
+    rng = random.Random(seed)
+    data = bytearray(data)
     for _ in range(rng.randint(1, 6)):
-        at, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 16, 200))
+        first = rng.randrange(len(data) + 1)
+        piece = slice(first, first + rng.choice((1, 2, 4, 16, 200)))
         kind = rng.randrange(5)
         if kind == 0 and data:
-            data[at % len(data)] ^= 1 << rng.randrange(8)
+            data[first % len(data)] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            del data[at:at + size]
+            del data[piece]
         elif kind == 2:
-            data[at:at] = data[at:at + size] * rng.randint(1, 3)
+            data[first:first] = data[piece] * rng.randint(1, 3)
         elif kind == 3:
-            data[at:at + size] = bytes(rng.choice((0, 255, 127, rng.randrange(256))) for _ in range(size))
+            size = piece.stop - piece.start
+            data[piece] = bytes(rng.choice((0, 255, 127, rng.randrange(256))) for _ in range(size))
         else:
             del data[rng.randrange(len(data) + 1):]
     return bytes(data)
 
 
-def is_refused_or(result):
-    """Runs result(): its tensors must be finite, or it must end in one line; within 10 seconds."""
+def is_refused_or_finite(read):
+    """Runs read(): its tensors must be finite, or it must end in one line; within 10 seconds."""
     began = time.monotonic()
     try:
-        for tensor in result():
+        for tensor in read():
             assert tensor.isfinite().all()
     except SystemExit as error:
         message = str(error)
-        assert message.startswith('error: ') and '\n' not in message, message
+        assert message.startswith('error: '), message
+        assert '\n' not in message, message
     assert time.monotonic() - began < 10
 
 
 def avatar_tensors(folder):
-    def result():
-        centre, half = rh.read_box(folder)
-        views = rh.load_views(folder, 'train', (centre, half), most=3)
-        yield from (centre, torch.tensor(half), views.c2w, views.intrinsics, views.images)
-        rgb, alpha = rh.read_portrait(rh.portrait_path(folder), 64)
-        yield from (rgb, alpha)
-    return result
+    """Reads all that an avatar's folder says."""
+    centre, half = scenes.read_box(folder)
+    yield centre
+    yield torch.tensor(half)
+    views = scenes.load_views(folder, 'train', (centre, half), most=3)
+    yield views.c2w
+    yield views.intrinsics
+    yield views.images
+    yield from scenes.read_portrait(scenes.portrait_path(folder), 64)
 
 
 @pytest.fixture(scope='module')
 def avatar(data, tmp_path_factory):
+    """A copy of an avatar, whose JSON file each example writes anew."""
     folder = tmp_path_factory.mktemp('fuzz') / 'avatar'
     shutil.copytree(data / 'avatar_0000', folder)
     return folder
 
 
 @many
-@hypothesis.given(seed=st.integers(0, 2 ** 32))
+@hypothesis.given(seed=seeds)
 def test_mutated_bytes_of_a_transforms_file(avatar, data, seed):
     original = (data / 'avatar_0000/transforms_train.json').read_bytes()
     (avatar / 'transforms_train.json').write_bytes(mutated(original, seed))
-    is_refused_or(avatar_tensors(avatar))
+    is_refused_or_finite(lambda: avatar_tensors(avatar))
+
+
+def replace_somewhere(meta, draw):
+    """Replaces a value that lies somewhere in nested lists and dicts."""
+    place = meta
+    while True:
+        keys = sorted(place) if isinstance(place, dict) else range(len(place))
+        key = draw(st.sampled_from(keys))
+        inner = place[key]
+        goes_on = isinstance(inner, (dict, list)) and inner
+        if not goes_on or draw(st.booleans()):
+            place[key] = draw(VALUES)
+            return
+        place = inner
 
 
 @many
-@hypothesis.given(data_=st.data())
-def test_other_values_in_a_transforms_file(avatar, data, data_):
+@hypothesis.given(drawn=st.data())
+def test_other_values_in_a_transforms_file(avatar, data, drawn):
     meta = json.loads((data / 'avatar_0000/transforms_train.json').read_text())
     meta['frames'] = meta['frames'][:4]
-    for _ in range(data_.draw(st.integers(1, 3))):
-        place = meta
-        while True:
-            key = data_.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
-            if not isinstance(place[key], (dict, list)) or not place[key] or data_.draw(st.booleans()):
-                break
-            place = place[key]
-        place[key] = data_.draw(VALUES)
+    for _ in range(drawn.draw(st.integers(1, 3))):
+        replace_somewhere(meta, drawn.draw)
     others = st.sampled_from(['fl_x', 'w', 'cx', 'scale', 'offset', 'aabb_scale', 'camera_angle_y'])
-    meta |= data_.draw(st.dictionaries(others, VALUES, max_size=2))
+    meta |= drawn.draw(st.dictionaries(others, VALUES, max_size=2))
     (avatar / 'transforms_train.json').write_text(json.dumps(meta))
-    is_refused_or(avatar_tensors(avatar))
+    is_refused_or_finite(lambda: avatar_tensors(avatar))
 
 
 @many
-@hypothesis.given(seed=st.integers(0, 2 ** 32), suffix=st.sampled_from(['png', 'jpg', 'webp', 'gif', 'bmp', 'tiff']))
+@hypothesis.given(
+    seed=seeds, suffix=st.sampled_from(['png', 'jpg', 'webp', 'gif', 'bmp', 'tiff'])
+)
 def test_mutated_portraits(data, tmp_path_factory, seed, suffix):
     folder = tmp_path_factory.getbasetemp()
-    path, good = folder / f'portrait.{suffix}', folder / f'good.{suffix}'
+    good = folder / f'good.{suffix}'
     if not good.exists():
-        image = rh.open_image(rh.portrait_path(data / 'avatar_0000'))
+        image = scenes.open_image(scenes.portrait_path(data / 'avatar_0000'))
         image.convert('RGB' if suffix in ('jpg', 'bmp') else 'RGBA').save(good)
+    path = folder / f'portrait.{suffix}'
     path.write_bytes(mutated(good.read_bytes(), seed))
-    is_refused_or(lambda: rh.read_portrait(path, 64))
+    is_refused_or_finite(lambda: scenes.read_portrait(path, 64))
 
 
 @many
-@hypothesis.given(seed=st.integers(0, 2 ** 32))
+@hypothesis.given(seed=seeds)
 def test_mutated_checkpoints(tiny, tmp_path_factory, seed):
     folder = tmp_path_factory.getbasetemp()
-    if not (folder / 'good.pt').exists():
-        rh.write_model(folder / 'good.pt', 'decoder', tiny, rh.Decoder(tiny).state_dict(), 0)
-    (folder / 'decoder.pt').write_bytes(mutated((folder / 'good.pt').read_bytes(), seed))
+    good = folder / 'good.pt'
+    if not good.exists():
+        running.write_model(good, 'decoder', tiny, rh.Decoder(tiny).state_dict(), 0)
+    (folder / 'decoder.pt').write_bytes(mutated(good.read_bytes(), seed))
 
-    def result():
-        yield from rh.load_model('decoder', folder, 'cpu').state_dict().values()
-    is_refused_or(result)
+    def weights():
+        return running.load_model('decoder', folder, 'cpu').state_dict().values()
+
+    is_refused_or_finite(weights)

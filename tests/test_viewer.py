@@ -1,4 +1,4 @@
-"""The viewer in a real headless Chromium: the picture is that of `render`, and the controls work."""
+"""The viewer in a real headless Chromium: its picture is that of `render`, its controls work."""
 import base64
 import io
 import shutil
@@ -6,53 +6,80 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import export
 import rodinhd as rh
 
 sync_api = pytest.importorskip('playwright.sync_api')
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium (apt-get install chromium)')
+
+NAMES = ('chromium', 'chromium-browser', 'google-chrome')
+CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), None)
+WITHOUT = 'needs Chromium (apt-get install chromium)'
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
+
+WITHOUT_A_GPU = [
+    '--no-sandbox',
+    '--use-gl=angle',
+    '--use-angle=swiftshader',
+    '--enable-unsafe-swiftshader',
+    '--ignore-gpu-blocklist',
+]
+VIEW_IS_SHOWN = '#view:not([hidden])'
+PATIENCE = 60_000  # milliseconds
 
 
-def avatar(config, seed=0):
-    """A soft ball of random features: planes, decoder, grid."""
-    torch.manual_seed(seed)
-    decoder, R = rh.Decoder(config).requires_grad_(False), config.resolution
+def soft_ball(config):
+    """A ball of random features -> its field, and the occupancy grid of it."""
+    torch.manual_seed(0)
+    R = config.resolution
+    decoder = rh.Decoder(config).requires_grad_(False)
     decoder.color_net[4].weight.mul_(6)
-    planes = rh.resize_planes(torch.randn(3, config.channels, 9, 9) * 0.6, R).clamp(-1, 1)
+    planes = torch.randn(3, config.channels, 9, 9) * 0.6
+    planes = rh.resize_planes(planes, R).clamp(-1, 1)
+
+    # The last channel says where the ball is; outside is thin air, with little to march through
     axis = torch.linspace(-1, 1, R)
-    ball = (axis[:, None] ** 2 + axis ** 2 < 0.6).float()
-    with torch.no_grad():                               # the last channel says where the ball is
-        decoder.sigma_net[0].weight[0] = 0
-        decoder.sigma_net[0].weight[0, config.channels // 4 - 1] = 20
-        decoder.sigma_net[2].weight[0], decoder.sigma_net[2].bias[0] = 0, -8        # thin air outside: little to march through
-        decoder.sigma_net[2].weight[0, 0] = 0.8
-    planes[:, -1] = ball
-    grid = rh.grid_for(rh.PlaneField(planes, decoder), config)
-    return planes, decoder, grid
+    planes[:, -1] = (axis[:, None] ** 2 + axis ** 2 < 0.6).float()
+    first, _, last = decoder.sigma_net
+    first.weight[0] = 0
+    first.weight[0, config.channels // 4 - 1] = 20
+    last.weight[0] = 0
+    last.weight[0, 0] = 0.8
+    last.bias[0] = -8
+
+    field = rh.PlaneField(planes, decoder)
+    return field, rh.grid_for(field, config)
 
 
 @pytest.fixture(scope='module')
 def browser():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[
-            '--no-sandbox', '--use-gl=angle', '--use-angle=swiftshader', '--enable-unsafe-swiftshader', '--ignore-gpu-blocklist'])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=WITHOUT_A_GPU)
         yield browser
         browser.close()
 
 
 def make_viewer(path, steps):
-    """viewer.html of a random avatar with the decoder of `small`, and a function that renders the same from an orbit."""
-    config = rh.make_config('small', [f'steps={steps}', 'resolution=64', 'grid=32'])        # few steps: Chromium has no GPU here
-    planes, decoder, grid = avatar(config)
+    """Writes viewer.html of a random avatar with the decoder of `small`.
+
+    Returns its path, and view(azimuth, elevation, distance, size), which renders the same. Few
+    steps are enough: Chromium has no GPU here.
+    """
+    config = rh.make_config('small', [f'steps={steps}', 'resolution=64', 'grid=32'])
+    field, grid = soft_ball(config)
 
     def view(azimuth, elevation, distance, size):
-        pose, k = rh.orbit_pose(azimuth, elevation, distance), rh.intrinsics_of(34.0, size)
-        return rh.render_view(rh.PlaneField(planes, decoder), pose, k, size, size, config.steps, grid)[0]
-    frames = [Image.fromarray((view(a, 5, 4.0, 32) * 255).byte().numpy()) for a in (0, 120, 240)]
-    export.write_viewer(path, planes, decoder, grid, frames, frames[0])
+        pose = rh.orbit_pose(azimuth, elevation, distance)
+        intrinsics = rh.intrinsics_of(34.0, size)
+        return rh.render_view(field, pose, intrinsics, size, size, config.steps, grid).rgb
+
+    frames = []
+    for azimuth in (0, 120, 240):
+        pixels = (view(azimuth, 5, 4.0, 32) * 255).byte().numpy()
+        frames.append(Image.fromarray(pixels))
+    export.write_viewer(path, field.planes, field.decoder, grid, frames, frames[0])
     return path, view
 
 
@@ -62,8 +89,9 @@ def viewer(tmp_path_factory):
 
 
 def show(browser, path, width=64, height=64, suffix='', **how):
-    """The page, and a list that gathers its errors and console messages."""
-    page, messages = browser.new_page(viewport={'width': width, 'height': height}, **how), []
+    """Opens a file -> the page, and a list that gathers its errors and console messages."""
+    page = browser.new_page(viewport={'width': width, 'height': height}, **how)
+    messages = []
     page.on('console', lambda message: messages.append(message.text))
     page.on('pageerror', lambda error: messages.append(str(error)))
     page.goto(f'file://{path}{suffix}')
@@ -71,8 +99,10 @@ def show(browser, path, width=64, height=64, suffix='', **how):
 
 
 def picture(page):
-    data = page.evaluate('(draw(), canvas.toDataURL())')
-    image = Image.open(io.BytesIO(base64.b64decode(data.split(',')[1]))).convert('RGB')
+    """What the page draws now, (H, W, 3) in 0..1."""
+    url = page.evaluate('(draw(), canvas.toDataURL())')
+    data = base64.b64decode(url.split(',')[1])
+    image = Image.open(io.BytesIO(data)).convert('RGB')
     return torch.from_numpy(np.asarray(image).copy()).float() / 255
 
 
@@ -80,18 +110,21 @@ def test_the_browser_shows_what_render_shows(browser, viewer):
     path, view = viewer
     assert path.stat().st_size < 4e6
     page, messages = show(browser, path)
-    page.wait_for_selector('#view:not([hidden])', timeout=60_000)
+    page.wait_for_selector(VIEW_IS_SHOWN, timeout=PATIENCE)
     for azimuth, elevation, distance in ((20, 5, 4), (200, 40, 3)):
-        page.evaluate(f'Object.assign(camera, {{azimuth: {azimuth}, elevation: {elevation}, distance: {distance}}})')
+        camera = f'{{azimuth: {azimuth}, elevation: {elevation}, distance: {distance}}}'
+        page.evaluate(f'Object.assign(camera, {camera})')
         ours = picture(page)
-        assert ours.std() > 0.05 and rh.psnr(ours, view(azimuth, elevation, float(distance), ours.shape[0])) > 30
+        theirs = view(azimuth, elevation, float(distance), ours.shape[0])
+        assert ours.std() > 0.05
+        assert rh.psnr(ours, theirs) > 30
     assert not messages
     page.close()
 
 
 def test_mouse_keys_and_wheel(browser, viewer):
     page, messages = show(browser, viewer[0])
-    page.wait_for_selector('#view:not([hidden])', timeout=60_000)
+    page.wait_for_selector(VIEW_IS_SHOWN, timeout=PATIENCE)
     before = picture(page)
     page.mouse.move(40, 30)
     page.mouse.down()
@@ -115,46 +148,85 @@ def test_frames_without_webgl(browser, viewer):
     first = page.evaluate('frame.src')
     page.evaluate('turn(120, 0)')
     page.wait_for_timeout(500)
-    assert page.evaluate('frame.src') != first and page.evaluate('frame.naturalWidth') == 32 and not messages
+    assert page.evaluate('frame.src') != first
+    assert page.evaluate('frame.naturalWidth') == 32
+    assert not messages
     page.close()
+
+
+class Shader:
+    """The shader's arithmetic, written out; it reads packed weights (vec4s, 4) in their order."""
+    def __init__(self, weights):
+        self.rest = weights
+
+    def take(self, count, columns=1):
+        """The next `count` vec4s as a matrix of so many columns, or as a vector."""
+        taken = self.rest[:count]
+        self.rest = self.rest[count:]
+        return taken.reshape(-1, columns) if columns > 1 else taken.flatten()
+
+    def layer(self, x, groups):
+        """`groups` groups of four linear combinations of x."""
+        return self.take(groups * len(x), len(x)) @ x
+
+
+def encoded(groups):
+    """Groups of four values (n, 4) by their frequency encoding, group by group."""
+    sine = groups.sin()
+    double = [2 * sine * groups.cos(), 1 - 2 * sine ** 2]
+    return torch.stack([groups, sine, groups.cos(), *double], dim=1).reshape(-1)
 
 
 @pytest.mark.parametrize('preset', ['tiny', 'paper'])
 def test_packing_keeps_the_decoder(preset):
-    """The shader's arithmetic, written out, on packed weights of other sizes: density and colour are the decoder's."""
-    decoder = rh.Decoder(rh.make_config(preset)).requires_grad_(False)
+    """On packed weights of other sizes the shader's density and colour are the decoder's."""
+    config = rh.make_config(preset)
+    decoder = rh.Decoder(config).requires_grad_(False)
     weights, sizes = export.pack_decoder(decoder)
-    C, D, H = sizes['COLOUR'], sizes['DENSITY'], sizes['HIDDEN']
-    planes = torch.randn(1, rh.make_config(preset).channels, 1, 1).expand(3, -1, 1, 1)
-    layers = export.pack_planes(planes, decoder, sizes).float()[:C + D, 0, 0]                       # (groups, 4)
-    feature, direction = planes[:1, :, 0, 0].half().float(), torch.nn.functional.normalize(torch.randn(1, 3), dim=1)
-    rest = list(weights)
+    colour_groups = sizes['COLOUR']
+    density_groups = sizes['DENSITY']
+    hidden_groups = sizes['HIDDEN']
 
-    def take(n):
-        taken, rest[:] = torch.stack(rest[:n]), rest[n:]
-        return taken
+    # One texel, the same on all planes
+    planes = torch.randn(1, config.channels, 1, 1).expand(3, -1, 1, 1)
+    layers = export.pack_planes(planes, decoder, sizes).float()
+    layers = layers[:colour_groups + density_groups, 0, 0]  # (groups, 4)
+    direction = F.normalize(torch.randn(1, 3), dim=1)
+    colour = encoded(layers[:colour_groups])
+    density = encoded(layers[colour_groups:])
 
-    def encoded(f):
-        return torch.stack([f, f.sin(), f.cos(), 2 * f.sin() * f.cos(), 1 - 2 * f.sin() ** 2], dim=1).reshape(-1)
-    colour, density = encoded(layers[:C]), encoded(layers[C:])
-    h = torch.nn.functional.softplus(take(4 * H * 5 * D).view(4 * H, -1) @ density + take(H).flatten())
-    logit = take(H).flatten() @ h + take(1)[0, 0]
-    a = take(4 * H * H).view(4 * H, -1) @ h + take(H).flatten()
-    first = take(4 * H * (5 * C + H + 5)).view(4 * H, -1)
-    b = (first @ torch.cat([colour, a, encoded(torch.nn.functional.pad(direction, (0, 1)))])).relu()
-    c = (take(4 * H * H).view(4 * H, -1) @ b).relu()
-    rgb = torch.sigmoid(take(3 * H).view(3, -1) @ c)
+    shader = Shader(weights)
+    first = shader.layer(density, hidden_groups)
+    h = F.softplus(first + shader.take(hidden_groups))
+    logit = shader.take(hidden_groups) @ h + shader.take(1)[0]
+    geometry = shader.layer(h, hidden_groups)
+    geometry = geometry + shader.take(hidden_groups)
+    seen = torch.cat([colour, geometry, encoded(F.pad(direction, (0, 1)))])
+    b = shader.layer(seen, hidden_groups).relu()
+    c = shader.layer(b, hidden_groups).relu()
+    rgb = torch.sigmoid(shader.take(3 * hidden_groups, 4 * hidden_groups) @ c)
+    assert not len(shader.rest)
+
+    feature = planes[:1, :, 0, 0].half().float()
     sigma, truth = decoder(feature, direction)
-    assert not rest and torch.allclose(logit.exp(), sigma[0], rtol=1e-4) and torch.allclose(rgb, truth[0], atol=1e-4)
+    assert torch.allclose(logit.exp(), sigma[0], rtol=1e-4)
+    assert torch.allclose(rgb, truth[0], atol=1e-4)
 
 
 def test_a_phone(browser, tmp_path):
-    path, _ = make_viewer(tmp_path / 'viewer.html', steps=4)            # its picture has 30 times the pixels of the others
+    """All is on the screen, and text does not cover the avatar."""
+    # Its picture has 30 times the pixels of the others, so a ray has few steps
+    path, _ = make_viewer(tmp_path / 'viewer.html', steps=4)
     page, messages = show(browser, path, 360, 640, has_touch=True, is_mobile=True)
-    page.wait_for_selector('#view:not([hidden])', timeout=60_000)
+    page.wait_for_selector(VIEW_IS_SHOWN, timeout=PATIENCE)
     for element in ('#view', '#portrait', '#hint'):
         box = page.locator(element).bounding_box()
-        assert box['x'] >= 0 and box['y'] >= 0 and box['x'] + box['width'] <= 361 and box['y'] + box['height'] <= 641, element
-    hint, stage = page.locator('#hint').bounding_box(), page.locator('#view').bounding_box()
-    assert hint['y'] >= stage['y'] + stage['height'] and not messages   # text does not cover the avatar
+        assert box['x'] >= 0, element
+        assert box['y'] >= 0, element
+        assert box['x'] + box['width'] <= 361, element
+        assert box['y'] + box['height'] <= 641, element
+    hint = page.locator('#hint').bounding_box()
+    stage = page.locator('#view').bounding_box()
+    assert hint['y'] >= stage['y'] + stage['height']
+    assert not messages
     page.close()

@@ -1,0 +1,508 @@
+"""Likeness: a sampled avatar is fitted to its portrait, which neither paper does.
+
+What a model gets wrong that is small, or knows few people, the portrait still shows. `straighten`
+looks for the person of a first sample in the portrait, which may be shifted, scaled, or on any
+ground. It puts the person on white and moves it to where training portraits have it; sampling
+starts from that. `fit_to_portrait` descends on the planes until their front view is that image,
+coarse corrections first: what a portrait shows of clothes, skin, hair and outline then holds from
+all sides.
+
+    portrait -> straighten -> Seen -> rh.generate -> fit_to_portrait -> planes        `avatars_of`
+
+The chapters: 1 the ground behind a person, 2 the place of a person, 3 straightening, 4 fitting.
+Images are in [-1, 1] in portraits and in Seen, and in 0..1 wherever else they appear.
+"""
+import importlib.util
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+import rodinhd as rh
+
+
+class Seen(NamedTuple):
+    """Portraits as training had them; of a single one, the same without B."""
+
+    images: torch.Tensor  # (B, 3, P, P) in [-1, 1], on white
+    alpha: torch.Tensor  # (B, 1, P, P) in 0..1, whose pixels are the person's
+    known: torch.Tensor  # (B, 1, P, P) in 0..1, what is to be believed of both
+
+
+class Cutout(NamedTuple):
+    """A person without the ground."""
+
+    image: torch.Tensor  # (3, P, P) in 0..1, on white
+    alpha: torch.Tensor  # (1, P, P) in 0..1
+
+
+class Front(NamedTuple):
+    """An avatar as a portrait would show it."""
+
+    view: torch.Tensor  # (3, P, P) in 0..1, on white
+    opacity: torch.Tensor  # (1, P, P)
+
+
+# 1 The ground behind a person ---------------------------------------------------------------------
+# A ground of one colour is known by the image's border, and what differs from it is the person.
+# On any other ground GrabCut separates them, started from where a sampled avatar is.
+def flat_ground(image):
+    """Returns the colour (3,) that most of the left, right and upper border of an image
+    (3, P, P) in 0..1 has, or None where there is none."""
+    m = max(image.shape[1] // 32, 1)  # the border's width
+    sides = (image[:, :m], image[:, :, :m], image[:, :, -m:])
+    border = torch.cat([side.flatten(1) for side in sides], dim=1)
+
+    colour = border.median(dim=1)[0]
+    alike = (border - colour[:, None]).abs().amax(0) < 0.03
+    if alike.float().mean() > 0.8:
+        return colour
+    return None
+
+
+def is_white(ground):
+    """Whether a ground, a colour (3,) or None, is white."""
+    return ground is not None and bool(ground.min() > 0.99)
+
+
+def person_before(image, ground):
+    """Finds the person in an image (3, P, P) in 0..1: its pixels (P, P), save those of the
+    ground's colour (3,) that are joined to the left, right or upper border."""
+    person = (image - ground.view(3, 1, 1)).abs().amax(0) > 0.04
+
+    # Holes are filled within a frame of ground, but for the lower side: a bust goes on below.
+    framed = F.pad(person, (1, 1, 1, 0))
+    framed = F.pad(framed, (0, 0, 0, 1), value=True).cpu().numpy()
+    filled = ndimage.binary_fill_holes(framed)[1:-1, 1:-1]
+    return torch.from_numpy(filled).to(image.device)
+
+
+def person_near(image, opacity, usual, reach=21):
+    """Finds the person in an image (3, P, P) in 0..1 on any ground with GrabCut (Rother et al.
+    2004), which starts from an avatar's opacity (P, P): the person's outline is taken to be no
+    further from the avatar's than reach / 512 of the width. Returns pixels (P, P), or None where
+    OpenCV is not installed.
+
+    Only what is also opaque in `usual` (P, P), the opacity of a usual avatar, counts as certain:
+    a ground may look like hair.
+    """
+    if not importlib.util.find_spec('cv2'):
+        return None
+    import cv2
+
+    # What is deep inside the avatar is the person, what is far outside is not.
+    diameter = reach * len(opacity) // 256 | 1  # odd
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter, diameter))
+    certain = ((opacity > 0.9) & (usual > 0.9)).byte().cpu().numpy()
+    possible = (opacity > 0.1).byte().cpu().numpy()
+    likely = opacity.cpu().numpy() > 0.5
+    mask = np.where(likely, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    mask[cv2.erode(certain, disc) > 0] = cv2.GC_FGD
+    mask[cv2.dilate(possible, disc) == 0] = cv2.GC_BGD
+
+    # GC_FGD and GC_PR_FGD are odd, the others even. GrabCut needs some of both.
+    person = (mask & 1) > 0
+    if not person.any() or person.all():
+        return opacity > 0.5
+
+    cv2.setRNGSeed(0)
+    pixels = (image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.grabCut(pixels, mask, None, *models, 5, cv2.GC_INIT_WITH_MASK)
+    person = (mask & 1) > 0
+    if not person.any():
+        return opacity > 0.5
+    return torch.from_numpy(person).to(image.device)
+
+
+def without_specks(person):
+    """Drops from the pixels (P, P) of a person the pieces of less than a fiftieth of the image,
+    which are the ground's."""
+    labels, _ = ndimage.label(person.cpu().numpy(), np.ones((3, 3)))
+    large = np.bincount(labels.ravel()) >= labels.size / 50
+    return person & torch.from_numpy(large[labels]).to(person.device)
+
+
+def onto_white(image, person, ground=None):
+    """Puts the pixels `person` (P, P) of an image (3, P, P) in 0..1 on white -> Cutout.
+
+    Pixels at the rim are mixed with the ground: they take the colour of those further in. Their
+    alpha is the share of that colour which explains them best before the ground (3,) or, where
+    that is None, the share of person around them. On a white ground the person's pixels stay as
+    they are.
+    """
+    person = person.float()[None, None]
+    near = F.max_pool2d(person, 3, 1, 1)[0]  # (1, P, P), the person and its rim
+    wide = F.pad(person, (2, 2, 2, 2), mode='replicate')
+    inner = -F.max_pool2d(-wide, 5, 1)  # (1, 1, P, P), the person without its rim
+
+    # The person's own colour: at the rim, the mean of the inner pixels near by.
+    total = F.avg_pool2d(image * inner, 9, 1, 4)
+    weight = F.avg_pool2d(inner, 9, 1, 4)
+    mean = total / weight.clamp(min=1e-6)
+    own = torch.where((weight > 0) & (inner == 0), mean, image)[0]
+
+    if ground is None:
+        wide = F.pad(person, (1, 1, 1, 1), mode='replicate')
+        share = F.avg_pool2d(wide, 3, 1)[0]
+    else:
+        # Least squares for image = share * own + (1 - share) * colour.
+        colour = ground.view(3, 1, 1)
+        contrast = own - colour
+        share = ((image - colour) * contrast).sum(0)
+        share = share / contrast.square().sum(0).clamp(min=1e-3)
+        share = share.clamp(0, 1) * near
+    alpha = torch.where(inner[0] > 0, 1.0, share)
+
+    if is_white(ground):
+        white = torch.where(near > 0, image, 1.0)
+    else:
+        white = (alpha * own + 1 - alpha).clamp(0, 1)
+    return Cutout(white, alpha)
+
+
+# 2 The place of a person --------------------------------------------------------------------------
+# A place is a scale and shifts x, y in image widths: what batches.place does to a portrait. The
+# search costs many places at once, coarsely at first and then finer around the best.
+SCALES = (0.88, 1.12)  # where `register` looks
+SHIFTS = (-0.06, 0.06)
+CONTRAST = 0.3  # weight of the contrast at the avatar's edge, on any ground
+FULL_CONTRAST = 0.05  # a squared error that counts as contrast in full
+COLOURS = 2.0  # weight of colours beside outlines, on white
+LEAST_GAIN = 1.2  # a move must make the cost this many times smaller
+
+
+def move(images, scale, x, y, padding='border'):
+    """Returns images (B, C, P, P) as they were before batches.place shrank them by scale (B,)
+    and shifted them by x, y (B,), in image widths."""
+    to_x = torch.stack([1 / scale, 0 * x, -2 * x / scale], dim=1)
+    to_y = torch.stack([0 * y, 1 / scale, -2 * y / scale], dim=1)
+    theta = torch.stack([to_x, to_y], dim=1)  # (B, 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+
+
+def cost_on_white(view, opacity, moved, moved_alpha):
+    """Costs (N,) of N moved images (N, 3, S, S) with their alphas (N, 1, S, S), beside a view
+    (1, 3, S, S), on black, of opacity (1, 1, S, S): outlines, and colours where both are."""
+    both = opacity * moved_alpha
+    colours = (both * (view + 1 - opacity - moved).square()).mean(1).sum((1, 2))
+    colours = colours / both.sum((1, 2, 3)).clamp(min=1)
+    outlines = (moved_alpha - opacity).abs().mean((1, 2, 3))
+    return outlines + COLOURS * colours
+
+
+def cost_on_any_ground(view, opacity, moved):
+    """Costs (N,) as cost_on_white gives them where no outline is known: colours inside the
+    avatar, and contrast just beyond its edge, lest it shrink."""
+    inside = (view - opacity * moved).square().mean(1).sum((1, 2))
+    inside = inside / opacity.sum().clamp(min=1)
+
+    # In a ring around the avatar the image should differ from the avatar's colour near by.
+    near = F.avg_pool2d(opacity, 5, stride=1, padding=2)
+    beyond = F.avg_pool2d(view, 5, stride=1, padding=2) / near.clamp(min=1e-6)
+    ring = (near > 0) & (opacity < 0.1)
+    contrast = (beyond - moved).square().mean(1).clamp(max=FULL_CONTRAST) * ring[:, 0]
+    contrast = contrast.sum((1, 2)) / ring.sum().clamp(min=1)
+    return inside + CONTRAST * (FULL_CONTRAST - contrast)
+
+
+def cost_of(places, size, view, opacity, image, alpha):
+    """Costs (N,) of places (3, N), measured on images of `size` pixels a side; the others are as
+    in `register`."""
+
+    def small(x):
+        return F.interpolate(x[None], size=size, mode='area')
+
+    def moved(x):
+        return move(small(x).expand(places.shape[1], -1, -1, -1), *places)
+
+    black = small(view - (1 - opacity))
+    if alpha is None:
+        return cost_on_any_ground(black, small(opacity), moved(image))
+    return cost_on_white(black, small(opacity), moved(image), moved(alpha))
+
+
+def register(view, opacity, image, alpha=None, size=64, least_gain=LEAST_GAIN):
+    """Finds what `move` needs to bring an image to an avatar's view: scale, x and y, (3, 1).
+
+    view, image (3, P, P), opacity (1, P, P) and alpha are in 0..1. The image is on white where
+    its alpha (1, P, P) is given, and on any ground where it is None. The search goes over images
+    of size / 2 pixels a side, then of `size` and of twice that. Returns None where the image as it
+    is costs less than `least_gain` times as much as the best, and where no avatar is to be seen.
+    """
+    if opacity.max() < 0.5:
+        return None
+    shown = (view, opacity, image, alpha)
+
+    def axis(first, last, count):
+        return torch.linspace(first, last, count, device=image.device)
+
+    def best(side, *axes):
+        lattice = torch.meshgrid(*axes, indexing='ij')
+        places = torch.stack([values.flatten() for values in lattice])  # (3, N)
+        costs = cost_of(places, side, *shown)
+        return places[:, costs.argmin()], costs.min()
+
+    shifts = axis(*SHIFTS, 13)
+    place, least = best(size // 2, axis(*SCALES, 13), shifts, shifts)
+    for factor, span, count in ((1, 0.03, 9), (2, 0.005, 7)):  # finer, around the best
+        around = axis(-span, span, count)
+        scale, x, y = place
+        place, least = best(
+            factor * size, scale + around, x + around / 2, y + around / 2
+        )
+
+    still = torch.tensor([[1.0], [0.0], [0.0]], device=image.device)
+    if cost_of(still, 2 * size, *shown) < least_gain * least:
+        return None
+    return place[:, None]
+
+
+# 3 Straightening ----------------------------------------------------------------------------------
+# A first sample says about where the person is and how it looks: enough to separate it from the
+# ground and to find its place. A second sample, of the portrait found so, makes both more exact.
+SURE_GAIN = 1.7  # LEAST_GAIN where the portrait may well be in its place already
+REACHES = (21, 11)  # of person_near, one after the other
+
+
+@torch.autocast('cpu', enabled=False)
+@torch.autocast('cuda', enabled=False)
+def front_view(planes, decoder, P):
+    """Renders an avatar's planes (3, C, R, R) as a portrait of P pixels a side -> Front."""
+    config = decoder.config
+    field = rh.PlaneField(planes.float(), decoder)
+    grid = rh.grid_for(field, config, planes.device)
+    camera = rh.portrait_camera(P, planes.device)
+    picture = rh.render_view(field, *camera, P, P, config.steps, grid)
+    return Front(picture.rgb.permute(2, 0, 1), picture.opacity[None])
+
+
+class Found(NamedTuple):
+    """A person that was found in a portrait."""
+
+    cutout: Cutout
+    believed: torch.Tensor  # (1, P, P) in 0..1, what is to be believed of the cutout
+    place: torch.Tensor | None  # (3, 1), for `move`; None: it is in its place
+
+
+def find_in_photograph(front, usual, photograph):
+    """Finds the person of a Front in a photograph (3, P, P) in 0..1 on any ground -> Found;
+    usual (1, P, P) is the opacity of a usual avatar."""
+    believed = torch.ones_like(front.opacity)
+    place = register(*front, photograph)
+
+    for reach in REACHES:  # the second time it is known better where the person is
+        avatars = torch.cat([front.opacity, usual])  # (2, P, P)
+        if place is not None:  # moved to where the photograph has the person
+            scale, *shift = place
+            back = (-distance / scale for distance in shift)
+            avatars = move(avatars[None], 1 / scale, *back, padding='zeros')[0]
+
+        person = person_near(photograph, *avatars, reach)
+        if person is None:  # without OpenCV: the avatar's outline has to do
+            alpha = avatars[:1]
+            white = torch.lerp(torch.ones_like(photograph), photograph, alpha)
+            return Found(Cutout(white, alpha), alpha, place)
+        cutout = onto_white(photograph, without_specks(person))
+        place = register(*front, *cutout)
+    return Found(cutout, believed, place)
+
+
+def find_person(front, usual, image, alpha):
+    """Finds the person of a Front in a portrait (3, P, P) in 0..1 -> Found. The portrait is on
+    white where its alpha (1, P, P) is below 1, else on a flat ground or on any."""
+    ground = flat_ground(image)
+    has_alpha = bool(alpha.min() < 0.5)
+    if not has_alpha and ground is None:
+        return find_in_photograph(front, usual, image)
+
+    if has_alpha:
+        cutout = Cutout(image, alpha)
+    else:
+        cutout = onto_white(image, without_specks(person_before(image, ground)), ground)
+    least_gain = SURE_GAIN if has_alpha or is_white(ground) else LEAST_GAIN
+    place = register(*front, *cutout, least_gain=least_gain)
+    return Found(cutout, torch.ones_like(alpha), place)
+
+
+@torch.autocast('cpu', enabled=False)
+@torch.autocast('cuda', enabled=False)
+def straighten_one(view, opacity, usual, image, alpha):
+    """Does `straighten` for one portrait (3, P, P) in [-1, 1] of alpha (1, P, P) -> Seen, by the
+    `front_view` of a sample; usual (1, P, P) is the opacity of a usual avatar."""
+    found = find_person(Front(view, opacity), usual, (image + 1) / 2, alpha)
+    white, person = found.cutout
+    believed = found.believed
+    known = torch.ones_like(alpha)
+    if person.max() < 0.5:  # nobody is there
+        believed = torch.zeros_like(person)
+
+    # Beyond the portrait's edge nothing is known.
+    if found.place is not None:
+        white = move(white[None], *found.place)[0]
+        layers = torch.stack([person, believed, known])
+        person, believed, known = (
+            move(layer[None], *found.place, padding='zeros')[0] for layer in layers
+        )
+    white = torch.lerp(torch.ones_like(white), white, known)
+    return Seen(white * 2 - 1, person, believed * (known > 0.99))
+
+
+def straighten(models, images, alpha=None, **how):
+    """Shows portraits as training had them: on white, each person in its place -> Seen.
+
+    images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1. The
+    persons are found with the avatars of a first sample, and then with those of a second one, of
+    what was found first. how: see rh.generate.
+    """
+    decoder = models['decoder']
+    prior = getattr(models['base'], 'prior', None)
+    device = next(decoder.parameters()).device
+    P = images.shape[-1]
+    if alpha is None:
+        alpha = torch.ones(len(images), 1, P, P)
+    images = images.to(device)
+    alpha = alpha.to(device)
+
+    # A network without a prior (see shortcuts.py) knows no mean avatar.
+    usual = torch.ones(1, P, P, device=device)
+    if prior is not None:
+        mean = rh.resize_planes(prior.mean[0], decoder.config.resolution)
+        usual = front_view(mean, decoder, P).opacity
+
+    shown = images
+    for _ in range(2):
+        avatars = rh.generate(models, shown, **how)
+        parts = []
+        for planes, image, a in zip(avatars.planes, images, alpha):
+            front = front_view(planes, decoder, P)
+            parts.append(straighten_one(*front, usual, image, a))
+        seen = Seen(*map(torch.stack, zip(*parts)))
+
+        if (seen.images - images).abs().mean() < 1e-3:  # they are as they were
+            break
+        shown = seen.images
+    return seen
+
+
+# 4 Fitting ----------------------------------------------------------------------------------------
+# The planes are corrected by gradient descent on the error of their front view. The corrections
+# are planes of several resolutions, so that the coarse ones, which reach what no pixel shows,
+# are found as fast as the fine ones.
+LEVELS = (16, 8, 4, 2, 1)  # corrections are planes of R/16 ... R texels a side
+RAYS = 2048  # a step
+LEARNING_RATE = 1e-2  # it falls to a tenth
+POINTS = 4096  # of each step, that must stay empty
+WEIGHT_EMPTY = 0.1  # of the log density there
+GRID_EVERY = 10  # steps
+
+
+def new_corrections(planes):
+    """Zeros (3, C, r, r) for each level of planes (3, C, R, R), to be optimised."""
+    R = planes.shape[-1]
+    sides = [max(R // level, 2) for level in LEVELS]
+    return [
+        torch.zeros(*planes.shape[:2], r, r, device=planes.device, requires_grad=True)
+        for r in sides
+    ]
+
+
+def corrected(planes, corrections):
+    """Planes (3, C, R, R) with the corrections of all levels added, in [-1, 1]."""
+    R = planes.shape[-1]
+    total = sum(rh.resize_planes(correction, R) for correction in corrections)
+    return (planes + total).clamp(-1, 1)
+
+
+def fog_in(field, empty, generator):
+    """Mean log density, above that of rh.EMPTY, at random points in the cells `empty` (G, G, G)
+    bool; points in other cells count as zero."""
+    G, device = len(empty), empty.device
+    cell = torch.randint(G, (POINTS, 3), generator=generator).to(device)
+    within = torch.rand(POINTS, 3, generator=generator).to(device)
+    points = (cell + within) * (2 / G) - 1
+    density = field(points)[0].clamp(min=rh.EMPTY)
+    return (torch.log(density / rh.EMPTY) * empty[cell.unbind(1)]).mean()
+
+
+def pixels_of(image):
+    """An image (c, P, P) as rows of pixels (P^2, c)."""
+    return image.permute(1, 2, 0).flatten(0, 1)
+
+
+def fit_one(planes, seen, decoder, steps, seed=0, report=None):
+    """Does `fit_to_portrait` for one avatar's planes (3, C, R, R) and the Seen of one portrait."""
+    config, device = decoder.config, planes.device
+    generator = torch.Generator().manual_seed(seed)
+
+    # The portrait as rays with their colours; steps go over the pixels of which something is known.
+    P = seen.images.shape[-1]
+    rays_o, rays_d = rh.view_rays(*rh.portrait_camera(P, device), P, P)
+    target = pixels_of((seen.images + 1) / 2)
+    alpha = pixels_of(seen.alpha)
+    known = pixels_of(seen.known)
+    shown = (known[:, 0] > 0).nonzero()[:, 0]
+    if not len(shown):
+        steps = 0
+
+    # What is empty in the sample stays so: there shall be no fog where there was none.
+    sampled = rh.grid_for(rh.PlaneField(planes, decoder), config, device)
+    empty = sampled.values <= rh.EMPTY
+
+    corrections = new_corrections(planes)
+    optimizer = torch.optim.Adam(corrections, betas=(0.9, 0.99))
+    for step in range(steps):
+        field = rh.PlaneField(corrected(planes, corrections), decoder)
+        if step % GRID_EVERY == 0:
+            with torch.no_grad():
+                grid = rh.grid_for(field, config, device, updates=8)
+
+        # On random grounds: on white, what should be empty may turn white.
+        pick = shown[torch.randint(len(shown), (RAYS,), generator=generator).to(device)]
+        shift = torch.rand(RAYS, generator=generator).to(device)
+        ground = torch.rand(RAYS, 3, generator=generator).to(device)
+        rgb = rh.render(
+            field, rays_o[pick], rays_d[pick], config.steps, grid, shift, ground
+        ).rgb
+        error = rgb - target[pick] + (1 - alpha[pick]) * (1 - ground)
+        loss = (known[pick] * error.square()).mean()
+
+        total = loss + WEIGHT_EMPTY * fog_in(field, empty, generator)
+        gradients = torch.autograd.grad(total, corrections)
+        for correction, gradient in zip(corrections, gradients):
+            correction.grad = gradient
+        optimizer.param_groups[0]['lr'] = LEARNING_RATE * 0.1 ** (step / steps)
+        optimizer.step()
+        if report:
+            report(loss.item())
+    return corrected(planes, corrections).detach()
+
+
+def fit_to_portrait(planes, seen, decoder, steps, seed=0, report=None):
+    """Corrects planes (B, 3, C, R, R), in `steps` steps an avatar, until their front views are
+    the portraits `seen`, a Seen. report: a function that is called with the loss of each step."""
+    fitted = []
+    for one, *portrait in zip(planes, *seen):
+        fitted.append(fit_one(one, Seen(*portrait), decoder, steps, seed, report))
+    return torch.stack(fitted)
+
+
+def avatars_of(models, images, refine_steps=None, alpha=None, **how):
+    """Makes planes (B, 3, C, R, R) of portraits: straightened, sampled and fitted in
+    `refine_steps` steps (default: the models' likeness_steps), or for 0 steps only sampled.
+
+    images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1. how:
+    see rh.generate.
+    """
+    if refine_steps is None:
+        refine_steps = models['base'].config.likeness_steps
+    if not refine_steps:
+        return rh.generate(models, images, **how).planes
+
+    seen = straighten(models, images, alpha, **how)
+    planes = rh.generate(models, seen.images, **how).planes
+    seed = how.get('seed', 0)
+    return fit_to_portrait(planes, seen, models['decoder'], refine_steps, seed)

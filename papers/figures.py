@@ -1,0 +1,417 @@
+"""The papers' figures, each as assets/<figure>.png, with its numbers as JSON where it has some.
+
+    python -m papers.figures forgetting --fits once replay        while the decoder learns (Fig. 2)
+    python -m papers.figures spectra --fits fits no_iwc no_tv     frequencies of planes (Fig. 4)
+    python -m papers.figures noise --fits channels8 channels32    planes under noise (Fig. 5)
+    python -m papers.figures schedules                            noise schedules (Fig. 6)
+    python -m papers.figures epipolar --portrait x.png            a moving camera (Figs. 9 and 16)
+    python -m papers.figures resolution --fits r32 r64 r128       planes of other sizes (Fig. 14)
+    python -m papers.figures denoising --portrait x.png           step by step (Fig. 15)
+    python -m papers.figures neighbours --portrait x.png          nearest avatars (Rodin, Fig. 17)
+    python -m papers.figures meshes --fits fits                   volumes and meshes
+
+Figures are RodinHD's where nothing else is said. --fits are folders of fit.py, of the same avatars;
+the models are those of runs/ or weights/, as for sample.py. Plots need matplotlib, meshes trimesh
+and embreex. From one avatar to another (Rodin, Fig. 6) goes sample.py --interpolate.
+
+A new figure is a function and a line of FIGURES.
+"""
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import export
+import rodinhd as rh
+import running
+import scenes
+
+
+# What figures are made of -------------------------------------------------------------------------
+def axes(xlabel, ylabel, width=7.2, height=3.6):
+    """Makes a matplotlib figure with one plot -> figure, plot."""
+    try:
+        import matplotlib
+    except ImportError:
+        rh.stop('figures need matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, plot = pyplot.subplots(figsize=(width, height), layout='constrained')
+    plot.set(xlabel=xlabel, ylabel=ylabel)
+    plot.grid(alpha=0.3)
+    return figure, plot
+
+
+def save_plot(args, figure, numbers=None):
+    """Writes a matplotlib figure as <out>/<figure>.png, and numbers as <figure>.json."""
+    path = args.out / f'{args.figure}.png'
+    with running.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    save_numbers(path, numbers)
+
+
+def save_images(args, rows, numbers=None):
+    """Writes rows of images (H, W, 3) in 0..1 as <out>/<figure>.png, and numbers beside it."""
+    path = args.out / f'{args.figure}.png'
+    image = torch.cat([torch.cat(row, dim=1) for row in rows])
+    pixels = (image.clamp(0, 1) * 255).round().byte().numpy()
+    with running.atomic(path) as temporary:
+        Image.fromarray(pixels).save(temporary)
+    save_numbers(path, numbers)
+
+
+def save_numbers(path, numbers):
+    """Writes the numbers of a picture, if any, and says what is written."""
+    if numbers is None:
+        print(f'written: {path}')
+        return
+    running.write_json(path.with_suffix('.json'), numbers)
+    print(f'written: {path}, {path.with_suffix(".json")}')
+
+
+def camera_at(azimuth, args, elevation=5):
+    """Makes the camera of a view, on the CPU: c2w (4, 4), intrinsics (4,)."""
+    return rh.orbit_pose(azimuth, elevation), rh.intrinsics_of(rh.PORTRAIT_FOV, args.size)
+
+
+def render(field, grid, camera, config, args):
+    """Renders a field from a camera -> rh.Picture of args.size pixels a side, on the CPU."""
+    c2w, intrinsics = (x.to(args.device) for x in camera)
+    picture = rh.render_view(field, c2w, intrinsics, args.size, args.size, config.steps, grid)
+    return rh.Picture(picture.rgb.cpu(), picture.opacity.cpu())
+
+
+def view(planes, decoder, args, azimuth=0):
+    """Renders planes (3, C, R, R) from one side: (size, size, 3) in 0..1."""
+    field = rh.PlaneField(planes.to(args.device), decoder)
+    grid = rh.grid_for(field, decoder.config, args.device)
+    return render(field, grid, camera_at(azimuth, args), decoder.config, args).rgb
+
+
+def fitted(folder, most=None):
+    """Reads {avatar: planes (3, C, R, R)} of a folder of fit.py."""
+    paths = sorted(p for p in folder.glob('*.pt') if p.name != 'decoder.pt')[:most]
+    if not paths:
+        rh.stop(f'{folder}: holds no planes of fit.py')
+    planes = {}
+    for path in paths:
+        planes[path.stem] = running.read_checkpoint(path, 'planes')['planes'].float()
+    return planes
+
+
+def first_fitted(folder, args):
+    """Reads the planes of a folder's first avatar, and its decoder."""
+    planes, = fitted(folder, 1).values()
+    return planes, running.load_model('decoder', folder, args.device)
+
+
+def load_models(args):
+    return running.load_models(args.runs, args.fits[0], args.device)
+
+
+def portrait(args, models, i=0):
+    """Reads portrait number i of the command line, (1, 3, P, P) in [-1, 1]."""
+    if not args.portrait or len(args.portrait) <= i:
+        rh.stop(f'figures.py {args.figure} needs --portrait')
+    size = models['upsample'].config.portrait
+    rgb, alpha = scenes.read_portrait(args.portrait[i], size)
+    return scenes.portrait_on_white(rgb, alpha)[None].to(args.device)
+
+
+# Figures about fitting ----------------------------------------------------------------------------
+def forgetting_curve(folder):
+    """Reads the PSNR of the first avatar after each visit, from the log of fit.py."""
+    path = folder / 'decoder.jsonl'
+    try:
+        lines = path.read_text().splitlines()
+        curve = [json.loads(line)['first_avatar_psnr'] for line in lines]
+    except (OSError, ValueError, KeyError):
+        curve = []
+    if not curve:
+        rh.stop(f'{path}: not a log of fit.py --decoder --watch')
+    return curve
+
+
+def forgetting(args):
+    """Draws the PSNR of the first avatar while the decoder goes on to others."""
+    figure, plot = axes(
+        'training of the decoder, share of its steps', 'PSNR of the first avatar (dB)'
+    )
+    curves = {}
+    for folder in args.fits:
+        curve = forgetting_curve(folder)
+        done = [(i + 1) / len(curve) for i in range(len(curve))]
+        plot.plot(done, curve, label=folder.name)
+        curves[folder.name] = curve
+    plot.legend()
+    save_plot(args, figure, curves)
+
+
+def spectrum(planes):
+    """Averages the power of planes (3, C, R, R), their mean left out, at radial frequencies.
+
+    Returns (R/2 + 1,), of 0 ... R/2 cycles a plane. The last value has what is above it, too, in
+    the corners; the plot leaves it out.
+    """
+    R = planes.shape[-1]
+    waves = torch.fft.fft2(planes - planes.mean((2, 3), keepdim=True))
+    power = waves.abs().square().mean((0, 1)) / R ** 4
+    frequency = torch.fft.fftfreq(R, 1 / R)
+    radius = (frequency[:, None] ** 2 + frequency ** 2).sqrt()
+    radius = radius.round().long().clamp(max=R // 2)
+    return torch.zeros(R // 2 + 1).index_add_(0, radius.flatten(), power.flatten())
+
+
+def spectra(args):
+    """Draws the power of planes by frequency.
+
+    The numbers are its share at and above a quarter of the sampling rate (R/4 cycles a plane).
+    """
+    figure, plot = axes('cycles a plane', 'power')
+    shares = {}
+    for folder in args.fits:
+        power = torch.stack([spectrum(planes) for planes in fitted(folder).values()]).mean(0)
+        share = float(power[len(power) // 2:].sum() / power.sum())
+        label = f'{folder.name}: {share:.2%} in the upper half'
+        plot.loglog(range(1, len(power) - 1), power[1:-1], label=label)
+        shares[folder.name] = share
+    plot.legend()
+    save_plot(args, figure, shares)
+
+
+def noise(args):
+    """Draws x_t / sqrt(alpha_bar) of the first avatar, a row a folder, the clean planes first.
+
+    The log-SNR is 4, 2, 0.57 (the paper's) and -1.
+    """
+    rows = []
+    for folder in args.fits:
+        planes, decoder = first_fitted(folder, args)
+        draw = torch.randn(planes.shape, generator=torch.Generator().manual_seed(args.seed))
+        row = []
+        for snr in (np.inf, 4, 2, 0.57, -1):
+            noisy = planes + np.exp(-snr / 2) * draw
+            row.append(view(noisy.clamp(-1, 1), decoder, args))
+        rows.append(row)
+    save_images(args, rows)
+
+
+def resolution(args):
+    """Draws the first avatar of each folder, from the front and from one side."""
+    avatars = [first_fitted(folder, args) for folder in args.fits]
+    rows = []
+    for azimuth in (0, 50):
+        rows.append([view(planes, decoder, args, azimuth) for planes, decoder in avatars])
+    save_images(args, rows)
+
+
+# Figures about generation -------------------------------------------------------------------------
+class Schedule(NamedTuple):
+    label: str
+    name: str
+    timesteps: int
+
+
+SCHEDULES = [
+    Schedule('cosine (base)', 'cosine', 1000),
+    Schedule('sigmoid (upsample)', 'sigmoid', 100),
+    Schedule('linear', 'linear', 1000),
+]
+
+
+def schedules(args):
+    """Draws the log signal-to-noise ratio of the noise schedules."""
+    figure, plot = axes('t', 'log signal-to-noise ratio')
+    for label, name, timesteps in SCHEDULES:
+        alpha_bar = torch.cumprod(1 - rh.noise_schedule(name, timesteps), 0)
+        t = (torch.arange(timesteps) + 1) / timesteps
+        plot.plot(t, torch.log(alpha_bar / (1 - alpha_bar)), label=label)
+    plot.set_ylim(-20, 8)
+    plot.legend()
+    save_plot(args, figure)
+
+
+def read_turn(folder, size):
+    """Reads the images of a folder, by name, as squares (size, size, 3) in 0..1 on white."""
+    paths = sorted(p for p in folder.glob('*') if p.suffix.lower() in scenes.IMAGE_SUFFIXES)
+    if not paths:
+        rh.stop(f'{folder}: holds no images')
+    images = []
+    for path in paths:
+        rgb, alpha = scenes.read_portrait(path, size)
+        images.append((scenes.portrait_on_white(rgb, alpha).permute(1, 2, 0) + 1) / 2)
+    return images
+
+
+def stacked_line(images, size):
+    """Stacks a line through the face, 45 % from above, of all images: (size, size, 3)."""
+    lines = torch.stack([image[int(0.45 * size)] for image in images])  # (images, size, 3)
+    lines = lines.permute(2, 0, 1)[None]
+    return F.interpolate(lines, size=(size, size))[0].permute(1, 2, 0)
+
+
+def epipolar(args):
+    """Draws a line of the image while the camera turns: what is solid draws smooth lines.
+
+    The turn goes from -40 to 40 degrees. A row has three views and the stack of lines; there is one
+    more row for each of --frames, whose images, by name, are such a turn.
+    """
+    models = load_models(args)
+    planes = rh.generate(models, portrait(args, models), seed=args.seed).planes[0]
+    angles = torch.linspace(-40, 40, args.size // 2).tolist()
+    turns = [[view(planes, models['decoder'], args, azimuth) for azimuth in angles]]
+    turns += [read_turn(folder, args.size) for folder in args.frames]
+
+    rows = []
+    for turn in turns:
+        middle = turn[len(turn) // 2]
+        rows.append([turn[0], middle, turn[-1], stacked_line(turn, args.size)])
+    save_images(args, rows)
+
+
+def denoising(args):
+    """Draws x_start as both models predict it, from the first to the last step.
+
+    The upper row is the base model's, enlarged, the lower one the upsample model's.
+    """
+    models = load_models(args)
+    config = models['upsample'].config
+    condition = rh.encode_portrait(models['vae'], portrait(args, models), config)
+    rows, planes = [], None
+    for stage in ('base', 'upsample'):
+        predicted = []
+        planes = rh.sample_stage(
+            stage, models[stage], condition, planes, seed=args.seed, watch=predicted.append
+        )
+        row = []
+        for x_start in predicted:
+            enlarged = rh.resize_planes(x_start[0], config.resolution)
+            row.append(view(enlarged, models['decoder'], args, azimuth=20))
+        rows.append(row)
+    save_images(args, rows)
+
+
+def neighbours(args):
+    """Draws each generated avatar beside the three of --fits (one folder) that look most like it.
+
+    These are the ones whose fitted frontal view is nearest to its own, by squared error.
+    """
+    models = load_models(args)
+    decoder = running.load_model('decoder', args.fits[0], args.device)
+    known = [view(planes, decoder, args) for planes in fitted(args.fits[0]).values()]
+    rows = []
+    for i in range(len(args.portrait or ()) or 1):
+        planes = rh.generate(models, portrait(args, models, i), seed=args.seed).planes[0]
+        ours = view(planes, models['decoder'], args)
+        distances = [float(F.mse_loss(image, ours)) for image in known]
+        nearest = sorted(range(len(known)), key=distances.__getitem__)[:3]
+        rows.append([ours, *(known[index] for index in nearest)])
+    save_images(args, rows)
+
+
+# Meshes -------------------------------------------------------------------------------------------
+def draw_mesh(mesh, camera, size):
+    """Casts a ray through each pixel at a mesh -> image (size, size, 3), and hits (size^2,)."""
+    import trimesh
+    rays_o, rays_d = rh.view_rays(*camera, size, size)
+    points, ray, face = mesh.ray.intersects_location(
+        rays_o.numpy(), rays_d.numpy(), multiple_hits=False
+    )
+    weights = trimesh.triangles.points_to_barycentric(mesh.triangles[face], points)
+    corners = mesh.visual.vertex_colors[mesh.faces[face]][:, :, :3] / 255  # (hits, 3, 3)
+    colours = torch.tensor(weights[:, None] @ corners, dtype=torch.float32)[:, 0]
+
+    image = torch.ones(size ** 2, 3)
+    image[ray] = colours
+    solid = torch.zeros(size ** 2, dtype=torch.bool)
+    solid[ray] = True
+    return image.view(size, size, 3), solid
+
+
+def meshes(args):
+    """Draws three avatars of --fits (one folder) from four sides, as volumes and as meshes.
+
+    Meshes have 20,000 triangles. The numbers are the overlap of their silhouettes, and PSNR.
+    """
+    try:
+        import embreex  # noqa: F401
+        import trimesh  # noqa: F401
+    except ImportError as error:
+        rh.stop(
+            f'meshes are drawn with the {error.name} package: '
+            'pip install trimesh embreex scikit-image fast-simplification'
+        )
+    planes = fitted(args.fits[0])
+    decoder = running.load_model('decoder', args.fits[0], args.device)
+    rows, numbers = [], {}
+    for name in list(planes)[::max(len(planes) // 3, 1)][:3]:
+        field = rh.PlaneField(planes[name].to(args.device), decoder)
+        grid = rh.grid_for(field, decoder.config, args.device)
+        mesh = export.mesh_of(field, grid, triangles=20000)
+
+        volume, surface, psnrs, overlaps = [], [], [], []
+        for azimuth in (0, 90, 180, 270):
+            camera = camera_at(azimuth, args)
+            picture = render(field, grid, camera, decoder.config, args)
+            image, solid = draw_mesh(mesh, camera, args.size)
+            seen = picture.opacity.view(-1) > 0.5
+            psnrs.append(rh.psnr(image, picture.rgb))
+            overlaps.append(float((solid & seen).sum() / (solid | seen).sum()))
+            volume.append(picture.rgb)
+            surface.append(image)
+        rows += [volume, surface]
+        numbers[name] = {
+            'PSNR': np.mean(psnrs),
+            'overlap': np.mean(overlaps),
+            'triangles': len(mesh.faces),
+        }
+    save_images(args, rows, numbers)
+
+
+# The command --------------------------------------------------------------------------------------
+FIGURES = {
+    'forgetting': forgetting,
+    'spectra': spectra,
+    'noise': noise,
+    'schedules': schedules,
+    'epipolar': epipolar,
+    'resolution': resolution,
+    'denoising': denoising,
+    'neighbours': neighbours,
+    'meshes': meshes,
+}
+
+
+def main(args):
+    if args.size < 16:
+        rh.stop('--size must be at least 16')
+    _, _, args.device = running.start(args.device, args.seed)
+    with torch.no_grad():
+        FIGURES[args.figure](args)
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    add('figure', choices=FIGURES)
+    add('--fits', type=Path, nargs='+', default=[Path('fits')])
+    add('--runs', type=Path, default=Path('runs'))
+    add('--portrait', type=Path, nargs='+')
+    frames = 'epipolar: folders of frames of other methods'
+    add('--frames', type=Path, nargs='*', default=[], help=frames)
+    add('--size', type=int, default=256, help='pixels a side of a rendered view')
+    add('--out', type=Path, default=Path('assets'))
+    add('--seed', type=int, default=0)
+    add('--device', help='cuda where there is one, else cpu')
+    return p.parse_args(argv)
+
+
+if __name__ == '__main__':
+    main(parse())

@@ -1,0 +1,292 @@
+"""Fitting a sampled avatar to its portrait: where the person is, what is known of the portrait, and
+what the descent changes."""
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import batches
+import likeness
+import rodinhd as rh
+import running
+import scenes
+
+PLACES = [  # scale, and shifts in image widths
+    (1.0, 0.0, 0.0),
+    (1.0, 0.05, -0.02),
+    (0.92, 0.03, -0.04),
+    (1.08, -0.05, 0.01),
+]
+
+
+class Ball:
+    """A solid ball with a bright side and a dark eye, off the middle: a field."""
+    def __call__(self, points, dirs=None):
+        centre = torch.tensor([0.1, 0.0, 0.15])
+        sigma = 200.0 * ((points - centre).norm(dim=1) < 0.6)
+        if dirs is None:
+            return sigma, None
+        from_eye = points[:, ::2] - torch.tensor([0.3, 0.35])
+        eye = (from_eye.norm(dim=1, keepdim=True) < 0.15).float()
+        bright = 0.5 + 0.4 * torch.sin(3 * points + 1)
+        return sigma, torch.lerp(bright, torch.zeros_like(points), eye)
+
+
+class Front(NamedTuple):
+    """A portrait of an avatar."""
+    view: torch.Tensor  # (3, P, P) in 0..1, on white
+    opacity: torch.Tensor  # (1, P, P)
+
+    @property
+    def straight(self):
+        """The colours as portraits are stored: not premultiplied."""
+        return (self.view - (1 - self.opacity)) / self.opacity.clamp(min=1e-6)
+
+
+@pytest.fixture(scope='module')
+def ball():
+    picture = rh.render_view(Ball(), *rh.portrait_camera(96), 96, 96, 96)
+    return Front(picture.rgb.permute(2, 0, 1), picture.opacity[None])
+
+
+def placed(rgb, opacity, scale, x, y):
+    """An image in 0..1 and its opacity, scaled and shifted: premultiplied RGBA (4, P, P)."""
+    scale = torch.tensor([scale])
+    shift = torch.tensor([[x, y]])
+    return batches.place(rgb[None] * 2 - 1, opacity[None], scale, shift)[0]
+
+
+def pattern(size):
+    """A soft random ground (3, size, size)."""
+    return F.interpolate(torch.rand(1, 3, 6, 6), size=size, mode='bicubic')[0]
+
+
+# The place of a person ----------------------------------------------------------------------------
+@pytest.mark.parametrize('ground', ['none', 'pattern'])
+@pytest.mark.parametrize(('scale', 'x', 'y'), PLACES)
+def test_register_finds_what_place_did(ball, ground, scale, x, y):
+    rgba = placed(ball.straight, ball.opacity, scale, x, y)
+    behind = torch.ones_like(ball.view) if ground == 'none' else pattern(96)
+    alpha = rgba[3:] if ground == 'none' else None
+    image = rgba[:3] + (1 - rgba[3:]) * behind
+    place = likeness.register(*ball, image, alpha)
+    if place is None:  # it is in its place
+        place = torch.tensor([[1.0], [0.0], [0.0]])
+
+    found_scale, found_x, found_y = place[:, 0].tolist()
+    assert abs(found_scale - scale) < 0.015
+    assert abs(found_x - x) < 0.008
+    assert abs(found_y - y) < 0.008
+    moved = likeness.move(image[None], *place)[0]
+    assert ((moved - ball.view) * ball.opacity).square().mean() < 1e-3
+
+
+def test_outlines_count_where_colours_mislead(ball):
+    """The avatar is wrongly coloured, as a first sample may be: its outline still says where the
+    person is."""
+    view, opacity = ball
+    rgba = placed(view, opacity, 1.06, -0.03, 0.02)
+    wrong = opacity * view.flip(0) + 1 - opacity
+    place = likeness.register(wrong, opacity, rgba[:3] + 1 - rgba[3:], rgba[3:])
+    assert (place[:, 0] - torch.tensor([1.06, -0.03, 0.02])).abs().max() < 0.015
+
+
+# The ground ---------------------------------------------------------------------------------------
+def test_a_border_of_one_colour_is_a_flat_ground():
+    colour = torch.tensor([0.2, 0.7, 0.4])
+    image = colour[:, None, None].repeat(1, 96, 96)
+    image[:, 30:, 20:80] = torch.rand(3, 66, 60)
+    assert (likeness.flat_ground(image) - colour).abs().max() < 0.01
+    assert likeness.flat_ground(pattern(96)) is None
+
+
+def test_specks_are_of_the_ground():
+    person = torch.zeros(64, 64, dtype=torch.bool)
+    person[20:, 16:48] = True
+    person[5:17, 24:40] = True  # a head may be apart from the bust, by a white collar
+    stars = torch.zeros(64, 64, dtype=torch.bool)
+    stars[::9, 2] = True
+    stars[40:46, 55:61] = True
+    assert torch.equal(likeness.without_specks(person | stars), person)
+
+    image = torch.where(person | stars, 0.2, 1.0).expand(3, 64, 64)
+    clean = torch.where(person, 0.2, 1.0).expand(3, 64, 64)
+    assert torch.equal(likeness.onto_white(image, person, torch.ones(3)).image, clean)
+
+
+def test_a_flat_ground_turns_white(ball):
+    view, opacity = ball
+    colour = torch.tensor([0.9, 0.3, 0.5])
+    image = view - (1 - opacity) * (1 - colour.view(3, 1, 1))
+    person = likeness.person_before(image, colour)
+    assert ((opacity[0] > 0.99) <= person).all()  # nothing lost
+    assert not person[opacity[0] == 0].any()  # nothing added
+    white, alpha = likeness.onto_white(image, person, colour)
+    assert rh.psnr(white, view) > 30 > rh.psnr(image, view)
+    assert (alpha - opacity).abs().mean() < 0.01
+
+
+def test_a_bust_goes_on_below():
+    """A white shirt on white, in an outline that is open below, is the person's; a gap that is open
+    to the side is not."""
+    image = torch.ones(3, 32, 32)
+    image[:, 8:, 8] = 0
+    image[:, 8:, 24] = 0
+    image[:, 8, 8:25] = 0
+    person = likeness.person_before(image, torch.ones(3))
+    assert person[8:, 8:25].all()
+    assert person.sum() == 24 * 17
+
+
+def test_a_photographs_ground_is_separated(ball):
+    pytest.importorskip('cv2').setNumThreads(1)
+    view, opacity = ball
+    dark = torch.rand(1, 3, 6, 6) * 0.3
+    ground = F.interpolate(dark, size=96, mode='bicubic')[0].clamp(0, 1)
+    image = view - (1 - opacity) + (1 - opacity) * ground
+    truth = opacity[0] > 0.5
+
+    def overlap(a):
+        return (a & truth).sum() / (a | truth).sum()
+
+    shifted = opacity[0].roll(4, 1)  # the first sample is not quite where the person is
+    person = likeness.person_near(image, shifted, shifted)
+    assert overlap(person) > 0.95 > overlap(shifted > 0.5)
+
+
+# Straightening ------------------------------------------------------------------------------------
+def random_models(config):
+    """All four models, as load_model gives them, with the weights that training begins with."""
+    torch.manual_seed(0)
+    models = {}
+    for kind, (build, _) in running.MODELS.items():
+        models[kind] = build(config)
+        models[kind].config = config
+    return models
+
+
+@pytest.fixture(scope='module')
+def portrait(data):
+    """The portrait (3, 64, 64) of an avatar, on white, in [-1, 1]."""
+    path = data / 'avatar_0000/train/r_000.png'
+    return scenes.portrait_on_white(*scenes.read_portrait(path, 64))
+
+
+@pytest.mark.parametrize('settings', [[], ['components=0', 'aligned=0']])
+def test_a_clean_portrait_is_left_as_it_is(portrait, monkeypatch, settings):
+    """Beside one on another ground, of which is known what the sample covers. With and without what
+    networks add to the papers'."""
+    models = random_models(rh.make_config('tiny', settings))
+    other = portrait * 0.5 + 0.5 * torch.rand(3, 64, 64)  # no flat ground
+    monkeypatch.setattr(likeness, 'person_near', lambda *_: None)  # as without OpenCV
+    monkeypatch.setattr(likeness, 'register', lambda *_, **__: None)  # untrained models: no avatar
+    seen = likeness.straighten(models, torch.stack([portrait, other]))
+    assert (seen.images[0] - portrait).abs().max() < 1e-5
+    assert (seen.known[0] == 1).all()
+    assert seen.images.shape == (2, 3, 64, 64)
+    assert seen.images.abs().max() <= 1
+
+    known = seen.known[1]
+    assert known.min() < known.max()
+    assert torch.allclose(seen.images[1], known * other + 1 - known, atol=1e-5)
+
+
+def test_where_nobody_is_nothing_is_known(ball):
+    view, opacity = ball
+    nobody = torch.full_like(view, 0.3)
+    seen = likeness.straighten_one(view, opacity, opacity, nobody, torch.ones_like(opacity))
+    assert (seen.images == 1).all()
+    assert seen.known.max() == seen.alpha.max() == 0
+    assert likeness.register(view, 0 * opacity, view, opacity) is None
+
+
+@pytest.fixture(scope='module')
+def shipped():
+    """The decoder of the weights that ship, with two of its avatars: the mean, and one that is two
+    standard deviations away."""
+    models = running.load_models('none', 'none')
+    small = rh.make_config('small')
+    for stage in ('base', 'upsample'):
+        assert models[stage].config.sample_steps == small.sample_steps
+    assert models['base'].config.likeness_steps == small.likeness_steps == 40
+
+    prior = models['base'].prior
+    mean = prior.mean[0].detach()
+    other = mean + 2 * prior.components[0].detach()
+    return SimpleNamespace(
+        decoder=models['decoder'],
+        mean=rh.resize_planes(mean, 128),
+        other=rh.resize_planes(other, 128),
+    )
+
+
+def portrait_of(planes, decoder):
+    """The Front of planes, 64 pixels a side, rendered independently of likeness.py."""
+    field = rh.PlaneField(planes, decoder)
+    grid = rh.grid_for(field, decoder.config)
+    picture = rh.render_view(field, *rh.portrait_camera(64), 64, 64, 256, grid)
+    return Front(picture.rgb.permute(2, 0, 1), picture.opacity[None])
+
+
+@pytest.mark.parametrize('how', ['white', 'alpha', 'photograph'])
+def test_a_portrait_that_is_shifted_is_moved_back(shipped, how):
+    view, opacity = portrait_of(shipped.mean, shipped.decoder)
+    straight = (view - (1 - opacity)) / opacity.clamp(min=1e-3)
+    rgba = placed(straight, opacity, 1.0, 0.05, 0.0)
+    behind = torch.ones(3, 64, 64)
+    if how == 'photograph':
+        pytest.importorskip('cv2').setNumThreads(1)
+        behind = pattern(64).clamp(0, 1) * torch.tensor([0.2, 0.3, 1.0]).view(3, 1, 1)
+    image = rgba[:3] + (1 - rgba[3:]) * behind
+    alpha = rgba[3:] if how == 'alpha' else torch.ones(1, 64, 64)
+
+    front = likeness.front_view(shipped.mean, shipped.decoder, 64)
+    seen = likeness.straighten_one(*front, opacity, image * 2 - 1, alpha)
+    error = (seen.images + 1) / 2 - view
+    assert seen.known.mean() > 0.9
+    assert (seen.known * error).square().mean() < (8e-3 if how == 'photograph' else 1e-3)
+    outline = seen.known * (seen.alpha - opacity)
+    assert outline.abs().mean() < (0.01 if how == 'alpha' else 0.03)
+
+
+# Fitting ------------------------------------------------------------------------------------------
+def test_fitting_makes_the_front_view_the_portrait(shipped):
+    view, opacity = portrait_of(shipped.other, shipped.decoder)
+    seen = likeness.Seen(view[None] * 2 - 1, opacity[None], torch.ones(1, 1, 64, 64))
+    planes = shipped.mean[None]
+    losses = []
+    ours = likeness.fit_to_portrait(planes, seen, shipped.decoder, 8, report=losses.append)
+    assert ours.shape == (1, 3, 16, 128, 128)
+    assert ours.abs().max() <= 1
+    assert len(losses) == 8
+    before = rh.psnr(portrait_of(planes[0], shipped.decoder).view, view)
+    after = rh.psnr(portrait_of(ours[0], shipped.decoder).view, view)
+    assert after > before + 3
+
+    again = likeness.fit_to_portrait(planes, seen, shipped.decoder, 8)
+    assert torch.equal(ours, again)
+
+    unknown = seen._replace(known=torch.zeros(1, 1, 64, 64))
+    assert torch.equal(likeness.fit_to_portrait(planes, unknown, shipped.decoder, 20), planes)
+
+
+def test_avatars_are_fitted_as_long_as_the_model_says(tiny, portrait, monkeypatch):
+    """refine_steps, else likeness_steps of the base model's config; 0 for samples as they are."""
+    models = random_models(tiny)
+    sampled = torch.zeros(1, 3, 8, 32, 32)
+    seen = likeness.Seen(portrait[None], *torch.ones(2, 1, 1, 64, 64))
+    steps = []
+
+    def fit(planes, seen, decoder, count, seed):
+        steps.append(count)
+        return planes + 1
+
+    monkeypatch.setattr(likeness, 'straighten', lambda *_, **__: seen)
+    monkeypatch.setattr(rh, 'generate', lambda *_, **__: rh.Avatars(sampled, sampled))
+    monkeypatch.setattr(likeness, 'fit_to_portrait', fit)
+    assert torch.equal(likeness.avatars_of(models, portrait[None]), sampled + 1)
+    assert torch.equal(likeness.avatars_of(models, portrait[None], 3), sampled + 1)
+    assert torch.equal(likeness.avatars_of(models, portrait[None], 0), sampled)
+    assert steps == [tiny.likeness_steps, 3] == [40, 3]
