@@ -18,11 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 import rodinhd as rh
+import running
 
 PRESETS = {
     'tiny': dict(count=8, size=64, views=24, held_out=4),
@@ -508,23 +510,55 @@ def write_avatar(folder, seed, index, size, views, held_out):
         (folder / f'transforms_{split}.json').write_text(content)
 
 
+def name_of(seed, index):
+    """The name of an avatar's folder, another one for each seed."""
+    return f'avatar_{index:04d}' if seed == 0 else f'avatar_{seed}_{index:04d}'
+
+
+def check_folder(folder, args):
+    """Stops where an avatar is there already, with other pictures than are asked for."""
+    for split, count in (('train', args.views), ('test', args.held_out)):
+        try:
+            meta = json.loads((folder / f'transforms_{split}.json').read_bytes())
+            found = meta['w'], len(meta['frames'])
+        except FileNotFoundError:
+            found = args.size, 0
+        except (ValueError, TypeError, KeyError):
+            found = 'unknown', 'unknown'
+        if found != (args.size, count):
+            size, number = found
+            rh.stop(f'{folder}: is there, with {number} pictures of {size} pixels to {split}, '
+                    f'not {count} of {args.size}; delete it, or give another folder with --data')
+
+
+def draw(folder, args, index):
+    """Draws an avatar into a folder, which has its name once all of it is on the disk."""
+    draft = folder.with_name(f'.tmp-{folder.name}')
+    shutil.rmtree(draft, ignore_errors=True)
+    write_avatar(draft, args.seed, index, args.size, args.views, args.held_out)
+    for path in (*draft.rglob('*'), draft):
+        running.synchronise(path)
+    draft.rename(folder)
+    running.synchronise(folder.parent)
+
+
 def main(args):
     """Draws the avatars that args, of `parse`, asks for, and keeps those that are there."""
     if args.data.exists() and not args.data.is_dir():
         rh.stop(f'--data {args.data} is not a folder')
+    folders = {args.data / name_of(args.seed, index): index for index in range(args.count)}
+    left = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are small: more threads are slower
-    for index in tqdm(range(args.count), unit='avatar'):
-        folder = args.data / f'avatar_{index:04d}'
+    bar = tqdm(running.claimed(folders, Path, left), total=args.count, unit='avatar')
+    for folder in bar:
         if folder.exists():
-            continue
-
-        # A folder has its name once it is complete.
-        draft = args.data / f'.tmp-{folder.name}'
-        shutil.rmtree(draft, ignore_errors=True)
-        write_avatar(draft, args.seed, index, args.size, args.views, args.held_out)
-        draft.rename(folder)
+            check_folder(folder, args)
+        else:
+            draw(folder, args, folders[folder])
     torch.set_num_threads(threads)
+    if left:
+        rh.stop(f'{len(left)} of {args.count} avatars: another process still draws them')
 
 
 def parse(argv=None):
@@ -547,14 +581,17 @@ def parse(argv=None):
     )
     args = p.parse_args(argv)
 
+    if not 0 <= args.seed < running.MOST_SEEDS:
+        rh.stop(f'--seed {args.seed}: give a number from 0 to {running.MOST_SEEDS - 1}')
     least = {'count': 1, 'size': 8, 'views': 1, 'held_out': 0}
+    most = {'count': 10**7, 'size': 4096, 'views': 10**5, 'held_out': 10**5}
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
         value = getattr(args, name)
-        if value < least[name]:
-            flag = name.replace('_', '-')
-            rh.stop(f'--{flag} must be at least {least[name]}, not {value}')
+        flag = name.replace('_', '-')
+        if not least[name] <= value <= most[name]:
+            rh.stop(f'--{flag} must be at least {least[name]}, at most {most[name]}, not {value}')
     return args
 
 

@@ -22,20 +22,30 @@ import scenes
 class Images(torch.utils.data.Dataset):
     """Reads all training images of all avatars in `data`, for the VAE.
 
-    An item is a dict of portrait (3, P, P) in [-1, 1] and alpha (1, P, P) in 0..1.
+    An item is a dict of portrait (3, P, P) in [-1, 1] and alpha (1, P, P) in 0..1. Frames are
+    counted at the start, and looked for when asked for: 46 K avatars have a million of them.
     """
     def __init__(self, data, config):
+        self.made_with = {}
         self.size = config.portrait
-        self.paths = []
-        for folder in scenes.list_avatars(data):
-            _, frames = scenes.read_frames(folder, 'train')
-            self.paths += [frame['path'] for frame in frames]
+        self.folders = scenes.list_avatars(data)
+        counts = [scenes.count_frames(folder, 'train') for folder in self.folders]
+        self.ends = np.cumsum(counts)
+
+    def names(self):
+        """What tells these items from others."""
+        return [f'{folder.name} {end}' for folder, end in zip(self.folders, self.ends)]
 
     def __len__(self):
-        return len(self.paths)
+        return int(self.ends[-1])
 
     def __getitem__(self, i):
-        rgb, alpha = scenes.read_portrait(self.paths[i], self.size)
+        i = range(len(self))[i]
+        place = int(np.searchsorted(self.ends, i, side='right'))
+        folder = self.folders[place]
+        meta, frames = scenes.read_frames(folder, 'train')
+        frame = frames[(i - int(self.ends[place])) % len(frames)]
+        rgb, alpha = scenes.frame_as_portrait(folder, meta, frame, self.size)
         return {'portrait': rgb, 'alpha': alpha}
 
 
@@ -49,11 +59,16 @@ class Planes(torch.utils.data.Dataset):
     def __init__(self, fits, data, config, low=False):
         self.config = config
         self.name = 'low' if low else 'planes'
+        self.made_with = {}
+        self.decoder = None
+        self.checked = set()  # numbers of the avatars whose images were compared
         self.folders = []
         self.paths = []
-        for folder in scenes.list_avatars(data):
+        avatars = scenes.list_avatars(data)
+        fitted = {path.name for path in Path(fits).glob('*.pt')}
+        for folder in avatars:
             path = Path(fits) / f'{folder.name}.pt'
-            if path.is_file():
+            if path.name in fitted:
                 self.folders.append(folder)
                 self.paths.append(path)
         if not self.paths:
@@ -61,12 +76,22 @@ class Planes(torch.utils.data.Dataset):
                 f'{fits}: holds no fitted planes of the avatars in {data}; '
                 'run fit.py --decoder, then fit.py'
             )
-        self.check(self.paths[0])
+        self.missing = len(avatars) - len(self.paths)
+        self.read(0)
 
-    def check(self, path):
-        """Stops unless the planes of a file are of the sizes of this preset."""
+    def check_decoder(self, decoder):
+        """Stops where the planes are of another decoder: the first at once, others when read."""
+        self.decoder = decoder
+        self.read(0)
+
+    def read(self, i):
+        """The content of a planes file, of which only the planes of self.name may be used; stops
+        unless it is of this preset, this decoder and the images in this folder."""
         config = self.config
-        file = running.read_checkpoint(path, 'planes')
+        path = self.paths[i]
+        folder = None if i in self.checked else self.folders[i]
+        file = running.read_planes(path, self.decoder, folder, low=self.name == 'low')
+        self.checked.add(i)
         shapes = [tuple(file[name].shape[1:3]) for name in ('planes', 'low')]
         resolutions = (config.resolution, config.base_resolution)
         if shapes != [(config.channels, resolution) for resolution in resolutions]:
@@ -74,17 +99,21 @@ class Planes(torch.utils.data.Dataset):
                 f'{path}: planes of {shapes} channels and texels do not fit '
                 f'preset {config.preset}; fit again with it'
             )
+        return file
+
+    def names(self):
+        """What tells these items from others."""
+        return [path.parent.name + path.name for path in self.paths]
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        file = running.read_checkpoint(self.paths[i], 'planes')
+        file = self.read(i)
         planes = file[self.name].float().clamp(-1, 1)
         if not planes.isfinite().all():
             rh.stop(f'{self.paths[i]}: holds NaN or infinite values; delete it and fit it again')
-        portrait = scenes.portrait_path(self.folders[i])
-        rgb, alpha = scenes.read_portrait(portrait, self.config.portrait)
+        rgb, alpha = scenes.portrait_of(self.folders[i], self.config.portrait)
         return {'x_start': planes, 'portrait': rgb, 'alpha': alpha}
 
 
@@ -297,7 +326,8 @@ def random_patch(folder, path, p):
     """Cuts a random patch of p x p pixels out of a random training view, for the loss of Eq. 6.
 
     Takes the folder of an avatar and the path of its planes, which know its box. Returns a dict of
-    rays_o and rays_d (p, p, 3) and rgb (3, p, p) in 0..1, smaller where the view is.
+    rays_o and rays_d (p, p, 3), rgb (3, p, p) in 0..1 and known (p, p) bool, false where the view
+    is masked; smaller where the view is.
     """
     view = random_view(folder, path, p)
     height, width = view.images.shape[1:3]
@@ -313,8 +343,16 @@ def random_patch(folder, path, p):
     def crop(rays):
         return rays.view(height, width, 3)[y:y + p, x:x + p]
 
+    known = torch.ones(rgb.shape[:2], dtype=torch.bool)
+    if view.unknown is not None:
+        known = ~view.unknown[0, y:y + p, x:x + p]
     rays_o, rays_d = rh.view_rays(view.c2w[0], view.intrinsics[0], height, width)
-    return {'rays_o': crop(rays_o), 'rays_d': crop(rays_d), 'rgb': rgb.permute(2, 0, 1)}
+    return {
+        'rays_o': crop(rays_o),
+        'rays_d': crop(rays_d),
+        'rgb': rgb.permute(2, 0, 1),
+        'known': known,
+    }
 
 
 def random_view(folder, path, p):
@@ -323,7 +361,7 @@ def random_view(folder, path, p):
     The paper does not say how large its patches are. These sizes and their odds are those of the
     authors' code.
     """
-    file = running.read_checkpoint(path, 'planes')
+    file = running.read_planes(path, low=True)
     box = (file['centre'], file['half'])
     pick = int(torch.randint(2 ** 30, ()))
     odds = torch.tensor([0.35, 0.45, 0.2])

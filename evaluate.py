@@ -34,6 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -84,9 +85,13 @@ def some(items, count):
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def read_planes(path, device):
-    content = running.read_checkpoint(path, 'planes', 'python fit.py')
-    return content['planes'].float().clamp(-1, 1).to(device)
+def read_planes(path, decoder, folder, device):
+    """Reads the planes of the avatar in a folder, which are of this decoder."""
+    planes = running.read_planes(path, decoder, folder)['planes'].float()
+    if planes.shape[1] != decoder.config.channels or not planes.isfinite().all():
+        rh.stop(f'{path}: holds planes of {planes.shape[1]} channels, or NaN or infinite values; '
+                'delete it and fit it again with python fit.py')
+    return planes.clamp(-1, 1).to(device)
 
 
 def seed_of(folder, args):
@@ -142,7 +147,7 @@ def held_out(folder, box, args):
 
 def thumbnail(folder):
     """Reads the portrait of an avatar, on white, (3, 64, 64) in 0..1."""
-    rgb, alpha = scenes.read_portrait(scenes.portrait_path(folder), 64)
+    rgb, alpha = scenes.portrait_of(folder, 64)
     return (scenes.portrait_on_white(rgb, alpha) + 1) / 2
 
 
@@ -154,8 +159,9 @@ class Neighbour(NamedTuple):
 
 class Baselines:
     """Holds the training avatars that have planes, in order of their names."""
-    def __init__(self, args, device):
+    def __init__(self, args, decoder, device):
         self.fits = args.fits
+        self.decoder = decoder
         self.device = device
         data = args.train or args.data
         folders = scenes.list_avatars(data)
@@ -168,7 +174,8 @@ class Baselines:
             )
 
     def planes(self, index):
-        return read_planes(self.fits / f'{self.folders[index].name}.pt', self.device)
+        folder = self.folders[index]
+        return read_planes(self.fits / f'{folder.name}.pt', self.decoder, folder, self.device)
 
     @functools.cached_property
     def mean(self):
@@ -278,6 +285,14 @@ def mean_scores(compare, ours, truth):
     return scores
 
 
+def psnr_of_known(views, ours, truth):
+    """Averages the PSNR of images (V, 3, H, W) over views, of the pixels that are not masked."""
+    total = 0.0
+    for i, (a, b) in enumerate(zip(ours, truth)):
+        total += rh.psnr(*views.known_pixels(i, a.permute(1, 2, 0), b.permute(1, 2, 0)))
+    return total / len(truth)
+
+
 def features_of(image, extract):
     """Extracts {Frechet distance: features (D,)} of an image (3, H, W) in 0..1."""
     return {name: features(image) for name, features in extract.items()}
@@ -330,7 +345,7 @@ def read_subject(folder, args, size, photographs):
     views = held_out(folder, box, args)
     front = portrait_view(folder, box, args.downscale)
 
-    rgb, alpha = scenes.read_portrait(scenes.portrait_path(folder), size)
+    rgb, alpha = scenes.portrait_of(folder, size)
     portraits = {'generated': Shown(scenes.portrait_on_white(rgb, alpha), alpha)}
     if args.disturb:
         image = batches.disturb(rgb, alpha, photographs, seed_of(folder, args))
@@ -355,7 +370,9 @@ def from_fits(subject, sources):
     path = sources.args.fits / f'{subject.folder.name}.pt'
     if not path.exists():
         return {}
-    return {'fitted': Avatar(read_planes(path, sources.device), sources.fitted_decoder)}
+    decoder = sources.fitted_decoder
+    planes = read_planes(path, decoder, subject.folder, sources.device)
+    return {'fitted': Avatar(planes, decoder)}
 
 
 def settings_of(sources):
@@ -480,11 +497,17 @@ def measure(candidate, subject, true_features, measures, device):
     else:
         images = read_renders(candidate, subject.folder, truth)
 
+    if subject.views.unknown is not None:  # masked pixels are not measured
+        images = torch.where(subject.views.unknown[:, None], truth, images)
     scores = mean_scores(measures.compare, images, truth)
+    if subject.views.unknown is not None:
+        scores['PSNR'] = psnr_of_known(subject.views, images, truth)
     scores.update(metrics.judge(measures.judges, images, truth))
     if subject.front is not None and isinstance(candidate, Avatar):
         front = photograph(candidate, subject.front, device).images[0]
-        scores['front'] = rh.psnr(front, on_white(subject.front)[0])
+        shown = front.permute(1, 2, 0)
+        true = rh.on_white(subject.front.images[0])
+        scores['front'] = rh.psnr(*subject.front.known_pixels(0, shown, true))
 
     our_features = [features_of(image, measures.extract) for image in images]
     return Row(images, scores, list(zip(our_features, true_features)))
@@ -587,12 +610,15 @@ def evaluate(args, rank, world, device):
     vae = copy.deepcopy(models['vae']).cpu()
     compare = metrics.of_pairs(vae)
     photographs = photographs_in(args.disturb)
-    sources = Sources(args, models, fitted_decoder, Baselines(args, device), device)
+    baselines = Baselines(args, fitted_decoder, device)
+    sources = Sources(args, models, fitted_decoder, baselines, device)
     folders = some(scenes.list_avatars(args.data), args.count)
     extract = metrics.extractors(vae, args.inception, args.clip)
     measures = Measures(compare, extract, metrics.read_judges(args.judge))
 
-    results, features, sheet = {}, {}, Sheet()
+    results = {}
+    features = {}
+    sheet = Sheet()
     for folder in tqdm(folders[rank::world], disable=rank > 0, desc='evaluating'):
         subject = read_subject(folder, args, config.portrait, photographs)
         true_features = [features_of(image, extract) for image in subject.truth]
@@ -742,8 +768,7 @@ def consistency(args, rank, world, device):
     results = {}
     sheet = Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
     for folder in tqdm(folders[rank::world], disable=rank > 0, desc='consistency'):
-        path = scenes.portrait_path(folder)
-        rgb, alpha = scenes.read_portrait(path, models['upsample'].config.portrait)
+        rgb, alpha = scenes.portrait_of(folder, models['upsample'].config.portrait)
         image = scenes.portrait_on_white(rgb, alpha)
         fitting = likeness_steps(args, models)
         planes = likeness.avatars_of(models, image[None], fitting, alpha[None], seed=args.seed)[0]
@@ -813,7 +838,7 @@ def unconditional(args, rank, world, device):
     vae = copy.deepcopy(models['vae']).cpu()
     extract = metrics.extractors(vae, args.inception, args.clip)
     folders = scenes.list_avatars(args.data)
-    baselines = Baselines(args, device)
+    baselines = Baselines(args, fitted_decoder, device)
     if len(baselines.folders) < 2:
         data = args.train or args.data
         rh.stop(f'--unconditional: {args.fits} needs planes of two avatars of {data}')
@@ -877,6 +902,8 @@ def check_numbers(args):
         too_small = True
     if args.refine is not None and args.refine < 0:
         too_small = True
+    if not all(math.isfinite(number) for number in args.guidance or ()):
+        rh.stop('--guidance must be finite')
     if too_small:
         rh.stop(
             '--views, --downscale, --count, --consistency, --steps must be at least 1, '

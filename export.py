@@ -1,8 +1,7 @@
-"""Avatars for elsewhere: what `sample.py` writes for image viewers, browsers and 3D programs.
+"""Pictures, films and the viewer: what `sample.py` writes for image viewers and browsers.
 
-The chapters: 1 pictures and films; 2 the viewer, one HTML file that draws an avatar in a browser;
-3 meshes, for Blender and games. What is exported is a field with the occupancy grid that says
-where it is to be drawn (see rh.grid_for).
+The chapters: 1 pictures and films; 2 the viewer, one HTML file that draws an avatar in a browser.
+(Meshes and splats are made in meshes.py and splats.py.)
 """
 import base64
 import io
@@ -13,13 +12,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
 
 import rodinhd as rh
 import running
 
 # 1 Pictures and films -----------------------------------------------------------------------------
 RATE = 12  # frames of a film a second
+
+
+def numbered(name, k):
+    """The file name of the k-th of several of a kind; the first has no number."""
+    path = Path(name)
+    return f'{path.stem}{k or ""}{path.suffix}'
 
 
 def save_image(path, image, **how):
@@ -57,7 +61,10 @@ def save_film(path, frames):
         film.send(None)  # it begins
         for frame in frames:
             film.send(np.ascontiguousarray(frame))
-        film.close()
+        film.close()  # which does not say how ffmpeg ended: on a full disk, with a part
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
+        if written != len(frames):
+            raise OSError(f'{written} of {len(frames)} frames')
     return True
 
 
@@ -78,9 +85,11 @@ def save_animation(folder, frames):
 # 2 The viewer -------------------------------------------------------------------------------------
 # viewer.html draws an avatar in a fragment shader. The planes are layers of a texture array, and
 # the decoder is an array of vec4: so channels are padded with zeros to groups of four. The shader
-# reads the decoder's rows one after the other, in the order in which pack_decoder puts them.
+# reads the decoder's rows one after the other, in the order in which pack_decoder puts them. They
+# are uniforms where these are enough, and else lines of a texture.
 VIEWER = Path(__file__).parent / 'viewer.html'
 VIEWER_RESOLUTION = 128  # of the planes, at most: larger files load slowly
+WIDE = 256  # vec4s in a line of the texture that holds the decoder
 ENCODINGS = 5  # of a value by rh.frequency_encoding: v, sin v, cos v, sin 2v, cos 2v
 
 
@@ -116,15 +125,20 @@ def pack_decoder(decoder):
         in_fours(of_geometry, hidden),
         encoded_columns(of_direction, 1),
     ]
+    extra = 4 * hidden - width  # outputs that are zero, where the width does not divide by four
+
+    def padded(rows):
+        return F.pad(rows, (0, 0, 0, extra))
+
     rows = [
-        encoded_columns(s1.weight, density),
+        padded(encoded_columns(s1.weight, density)),
         in_fours(s1.bias, hidden),
         in_fours(s2.weight[:1], hidden),  # the density
         in_fours(s2.bias[:1], 1),
-        in_fours(s2.weight[1:], hidden),  # the geometry feature
+        padded(in_fours(s2.weight[1:], hidden)),  # the geometry feature
         in_fours(s2.bias[1:], hidden),
-        torch.cat(first, dim=1),
-        in_fours(c2.weight, hidden),
+        padded(torch.cat(first, dim=1)),
+        padded(in_fours(c2.weight, hidden)),
         in_fours(c3.weight, hidden),
     ]
     weights = torch.cat([row.reshape(-1, 4) for row in rows]).detach().cpu().float()
@@ -133,7 +147,7 @@ def pack_decoder(decoder):
         'DENSITY': density,
         'HIDDEN': hidden,
         'MOST': max(colour, density),
-        'WEIGHTS': len(weights),
+        'WIDE': WIDE,
     }
     return weights, constants
 
@@ -152,7 +166,8 @@ def pack_planes(planes, decoder, constants):
 
 def pack_bits(cells):
     """Packs cells, a bool tensor, into bytes: eight cells each, the first in the highest bit."""
-    bits = cells.cpu().flatten().to(torch.uint8).view(-1, 8)
+    bits = cells.cpu().flatten().to(torch.uint8)
+    bits = F.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
     return (bits << shifts).sum(1).to(torch.uint8)
 
@@ -171,17 +186,15 @@ def url_of(image):
     return f'data:image/webp;base64,{data}'
 
 
-def write_viewer(path, planes, decoder, grid, frames, portrait=None):
+def write_viewer(path, planes, decoder, grid, frames, portrait=None, title=''):
     """Writes one avatar as an HTML file that opens offline.
 
     planes (3, C, R, R) larger than 128 x 128 are drawn at 128; grid says what to draw. frames are
     PIL images of a turntable, for browsers without WebGL2 and until it has begun; portrait is a
-    PIL image that is shown in a corner.
+    PIL image that is shown in a corner, and title the page's.
     """
-    width = decoder.sigma_net[0].out_features
-    assert width % 4 == 0, 'the viewer needs a decoder width that divides by four'
-
     weights, constants = pack_decoder(decoder)
+    weights = F.pad(weights, (0, 0, 0, -len(weights) % WIDE))  # whole lines of a texture
     constants['PLANE_DIVISOR'] = rh.PLANE_DIVISOR
     R = min(planes.shape[-1], VIEWER_RESOLUTION)
     small = rh.resize_planes(planes.cpu().float(), R).clamp(-1, 1)
@@ -198,115 +211,10 @@ def write_viewer(path, planes, decoder, grid, frames, portrait=None):
         'fov': rh.PORTRAIT_FOV,
         'frames': [url_of(frame) for frame in frames],
         'portrait': url_of(portrait) if portrait else None,
+        'title': title,
     }
+    text = json.dumps(data).replace('<', '\\u003c')  # a title cannot end the script
     page = VIEWER.read_text(encoding='utf-8')
-    page = page.replace('const DATA = null;', f'const DATA = {json.dumps(data)};')
+    page = page.replace('const DATA = null;', f'const DATA = {text};')
     with running.atomic(path) as temporary:
         temporary.write_text(page, encoding='utf-8')
-
-
-# 3 Meshes -----------------------------------------------------------------------------------------
-# Marching cubes finds where the density crosses a level; the decoder colours what it finds, as it
-# is seen along the normal.
-DENSITIES = 2**18  # points that the decoder is asked for in one go
-COLOURS = 2**16  # the same for their colours
-AIR = 1e-3  # a density that counts as none
-
-
-@torch.no_grad()
-def density_lattice(field, grid, N):
-    """Returns the density at the N^3 points of a lattice over the box, (N, N, N), on the CPU; it
-    is zero where the occupancy grid is empty."""
-    axis = torch.linspace(-1, 1, N, device=grid.values.device)
-    lattice = torch.meshgrid(axis, axis, axis, indexing='ij')
-    points = torch.stack(lattice, dim=-1).view(-1, 3)
-    near = grid.near_occupied.view(-1)
-
-    sigma = torch.zeros(N**3)
-    for part in torch.arange(N**3).split(DENSITIES):
-        inside = near[grid.cell(points[part])].cpu()
-        if inside.any():
-            some = part[inside]
-            sigma[some] = field(points[some])[0].float().cpu()
-    return sigma.view(N, N, N)
-
-
-def mesh_packages():
-    """Returns trimesh and scikit-image's marching_cubes; ends in one line where they are not
-    installed."""
-    try:
-        import trimesh
-        from skimage.measure import marching_cubes
-    except ImportError as error:
-        rh.stop(
-            f'a mesh needs the {error.name} package: '
-            'pip install scikit-image trimesh fast-simplification'
-        )
-    return trimesh, marching_cubes
-
-
-def log_density(sigma, level):
-    """Returns the log of a density (N, N, N), which is nearly linear across a surface, of its
-    largest component above `level` and in a frame of air, (N + 2, N + 2, N + 2)."""
-    labels, count = ndimage.label(sigma.numpy() > level)
-    if not count:
-        rh.stop(f'a mesh: nothing in this avatar is denser than {level:g}')
-    largest = np.bincount(labels.ravel())[1:].argmax() + 1
-    solid = ndimage.binary_dilation(labels == largest, iterations=2)
-    dense = sigma.clamp(min=AIR).numpy()
-    log = np.where(solid, np.log(dense), np.log(AIR))
-    return np.pad(log, 1, constant_values=np.log(AIR))
-
-
-def simplified(mesh, triangles):
-    """Returns a mesh with at most about `triangles` triangles."""
-    if len(mesh.faces) <= triangles:
-        return mesh
-    try:
-        return mesh.simplify_quadric_decimation(face_count=triangles)
-    except ImportError as error:
-        rh.stop(
-            f'fewer triangles need the {error.name} package: pip install fast-simplification'
-        )
-
-
-def vertex_colours(field, mesh, device):
-    """Returns the colours (V, 3) uint8 of a mesh's vertices: those of the field a little below
-    them, seen along the normal."""
-    points = torch.tensor(np.asarray(mesh.vertices), dtype=torch.float32, device=device)
-    normals = np.asarray(mesh.vertex_normals)
-    normals = torch.tensor(normals, dtype=torch.float32, device=device)
-    below = (points.clamp(-1, 1) - 0.01 * normals).clamp(-1, 1)
-    parts = zip(below.split(COLOURS), normals.split(COLOURS))
-    colours = torch.cat([field(some, -normal)[1] for some, normal in parts])
-    return (colours.clamp(0, 1) * 255).round().byte().cpu().numpy()
-
-
-@torch.no_grad()
-def mesh_of(field, grid, N=192, level=10.0, triangles=None):
-    """Makes a trimesh.Trimesh of a field, in the unit cube [-1, 1]^3, Z up, face along -Y: the
-    surface where the density on a lattice of N^3 points crosses `level`, of its largest component,
-    with coloured vertices, and at most about `triangles` triangles."""
-    trimesh, marching_cubes = mesh_packages()
-    volume = log_density(density_lattice(field, grid, N), level)
-    vertices, faces, _, _ = marching_cubes(volume, np.log(level))
-    vertices = (vertices - 1) * (2 / (N - 1)) - 1  # from indices into the volume
-    mesh = trimesh.Trimesh(vertices, faces[:, ::-1], process=True)
-
-    parts = mesh.split(only_watertight=False)
-    mesh = max(parts, key=lambda part: len(part.faces))
-    if triangles:
-        mesh = simplified(mesh, triangles)
-    mesh.visual.vertex_colors = vertex_colours(field, mesh, grid.values.device)
-    return mesh
-
-
-def write_mesh(path, mesh):
-    """Writes a mesh as .glb (Y up, as glTF wants it), .ply or .obj (Z up); units are those of the
-    unit cube."""
-    path = Path(path)
-    mesh = mesh.copy()
-    if path.suffix == '.glb':
-        mesh.apply_transform([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
-    with running.atomic(path) as temporary:
-        mesh.export(temporary)

@@ -16,14 +16,16 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import shutil
-import zlib
 from pathlib import Path
 
+import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import provenance
 import rodinhd as rh
 import running
 import scenes
@@ -58,39 +60,54 @@ def load_decoder(folder, config, device):
     return decoder
 
 
-def fingerprint(decoder):
-    """A number that tells decoders apart: planes mean nothing under another one."""
-    return zlib.crc32(b''.join(p.detach().cpu().numpy().tobytes() for p in decoder.parameters()))
+def avatars_of(data):
+    """The folders of avatars; stops where one's planes would be written over the decoder."""
+    folders = scenes.list_avatars(data)
+    for folder in folders:
+        if folder.name.lower() == 'decoder':
+            rh.stop(f'{folder}: its planes would be written to decoder.pt, which is the decoder; '
+                    'give the folder another name')
+    return folders
 
 
-def write_planes(path, planes, box, config, decoder, scores, settings):
+def write_planes(path, planes, box, config, decoder, scores, settings, source=None):
     """One avatar's file: planes and low-resolution planes in fp16, its box, the PSNR of held-out
-    views, and what it was fitted with."""
+    views, and what it was fitted with. source: of provenance.of_avatar."""
     planes = planes.cpu()
+    low = rh.resize_planes(planes, config.base_resolution).half()
+    planes = planes.contiguous().half()
+    if not planes.isfinite().all():
+        rh.stop(f'{path}: not written: its planes have NaN or infinite values')
     centre, half = box
+    number = provenance.fingerprint(decoder)
     running.write_checkpoint(path, 'planes', {
-        'planes': planes.contiguous().half(),
-        'low': rh.resize_planes(planes, config.base_resolution).half(),
+        'planes': planes,
+        'low': low,
         'centre': centre,
         'half': half,
         'psnr': scores,
-        'decoder': fingerprint(decoder),
+        'decoder': number,
         'settings': settings,
+        'made_with': {'decoder': number, **(source or {})},
+        'sum_of_low': provenance.of_tensor(low),
     })
 
 
-def finished(path, decoder, settings):
+def finished(path, folder, decoder, settings):
     """The content of an avatar's file, or None if it was not fitted under this decoder.
 
-    Stops if it was fitted with other settings.
+    Stops if it was fitted with other settings, or to other images.
     """
     if not path.exists():
         return None
     saved = running.read_checkpoint(path, 'planes')
-    if saved.get('decoder') != fingerprint(decoder):
+    if saved.get('decoder') != provenance.fingerprint(decoder):
         return None
-    if names := running.differing(settings, saved['settings']):
+    if names := running.differing(settings, saved.get('settings', {})):
         rh.stop(f'{path}: was fitted with other settings ({", ".join(names)}); '
+                'delete it, or give another folder with --fits')
+    if not provenance.same_avatar(folder, saved.get('made_with')):
+        rh.stop(f'{path}: was fitted to other images or cameras than those in {folder}; '
                 'delete it, or give another folder with --fits')
     return saved
 
@@ -101,10 +118,10 @@ def held_out_psnr(field, views, config, grid):
     height, width = views.images.shape[1:3]
     device = grid.values.device
     scores = []
-    for image, c2w, intrinsics in zip(*views[:3]):
+    for i, (image, c2w, intrinsics) in enumerate(zip(*views[:3])):
         camera = c2w.to(device), intrinsics.to(device)
         shown = rh.render_view(field, *camera, height, width, config.steps, grid).rgb
-        scores.append(rh.psnr(shown.cpu(), rh.on_white(image)))
+        scores.append(rh.psnr(*views.known_pixels(i, shown.cpu(), rh.on_white(image))))
     return scores
 
 
@@ -128,13 +145,13 @@ def summary(args, name, scores):
         for avatar, values in sorted(part.items()):
             if values:
                 table[avatar] = sum(values) / len(values)
+    with running.atomic(args.fits / f'{name}.json') as temporary:
+        temporary.write_text(json.dumps({'psnr': table}, indent=1))
     for avatar, value in table.items():
         print(f'{avatar:32s} {value:6.2f} dB')
     if table:
         mean = sum(table.values()) / len(table)
         print(f'{"mean held-out PSNR":32s} {mean:6.2f} dB over {len(table)} avatars')
-    with running.atomic(args.fits / f'{name}.json') as temporary:
-        temporary.write_text(json.dumps({'psnr': table}, indent=1))
 
 
 # The decoder --------------------------------------------------------------------------------------
@@ -145,9 +162,10 @@ class Tasks:
     which a round of visits reads one and writes the other: a round that is repeated after an
     interruption finds what it read.
     """
-    def __init__(self, args, folders, decoder, config, begin):
+    def __init__(self, args, folders, sources, decoder, config, begin):
         self.args = args
         self.folders = folders
+        self.sources = sources  # {avatar: what its images are}, of provenance.of_avatar
         self.decoder = decoder
         self.config = config
         self.rank = dist.get_rank()
@@ -177,13 +195,15 @@ class Tasks:
             return None
         views = training_views(self.folders[place], self.args)
         if outer > 0:
-            saved = running.read_checkpoint(self.path(place, outer - 1), 'visit')
+            path = self.path(place, outer - 1)
+            saved = running.read_checkpoint(path, 'visit')
             device = next(self.decoder.parameters()).device
-            memory = {
-                kind: {name: x.to(device) for name, x in tensors.items()}
-                for kind, tensors in saved['memory'].items()
-            }
-            return rh.Task(views, saved['planes'], memory)
+            with running.reading(path, f'delete {self.state} to start anew'):
+                memory = {
+                    kind: {name: x.to(device) for name, x in tensors.items()}
+                    for kind, tensors in saved['memory'].items()
+                }
+                return rh.Task(views, saved['planes'], memory)
         if self.args.init:
             return rh.Task(views, self.decoder.start, None)
         generator = torch.Generator().manual_seed(self.args.seed + place)
@@ -208,7 +228,7 @@ class Tasks:
 def fit_decoder(args, config, rank, world, device):
     """The first stage: rodinhd.replay over a subset of the avatars, resumable after each visit."""
     # A subset that is spread, so that neighbours in name do not crowd it
-    folders = scenes.list_avatars(args.data)
+    folders = avatars_of(args.data)
     count = min(config.fit_avatars, len(folders))
     folders = [folders[i * len(folders) // count] for i in range(count)]
     schedule = config
@@ -216,15 +236,10 @@ def fit_decoder(args, config, rank, world, device):
         schedule = dataclasses.replace(config, outer=1, inner=config.outer * config.inner)
 
     state_path = args.fits / 'decoder-state' / 'state.pt'
-    if already_trained(args, config, device):
-        print(f'{args.fits}/decoder.pt is trained with these settings already; '
-              'delete it to train again')
-        return
-
     if args.init:
         decoder = load_decoder(args.init, config, device).requires_grad_(True)
     else:
-        decoder = rh.Decoder(config).to(device)
+        decoder = running.build('decoder', config).to(device)
     optimizer = torch.optim.Adam(
         decoder.parameters(),
         lr=config.lr_decoder,
@@ -232,6 +247,7 @@ def fit_decoder(args, config, rank, world, device):
         eps=1e-15,
         weight_decay=config.weight_decay,
     )
+    sources = sources_of(folders, state_path, args.fits / 'decoder.pt')
     settings = {
         **vars(config),
         'seed': args.seed,
@@ -239,13 +255,21 @@ def fit_decoder(args, config, rank, world, device):
         'ranks': world,
         'seconds': args.seconds,
         'init': str(args.init),
+        'init_decoder': provenance.fingerprint(decoder) if args.init else None,
         'avatars': [path.name for path in folders],
+        'images': [sources[path.name]['data'] for path in folders],
     }
+    if already_trained(args, settings, config, device):
+        if rank == 0:
+            print(f'{args.fits}/decoder.pt is trained with these settings already; '
+                  'delete it to train again')
+        return
+
     begin, history = resume(state_path, settings, decoder, optimizer)
     for p in decoder.parameters():  # all ranks start from rank 0's weights
         dist.broadcast(p.data, 0)
 
-    tasks = Tasks(args, folders, decoder, schedule, begin)
+    tasks = Tasks(args, folders, sources, decoder, schedule, begin)
     visits = rh.replay(
         tasks,
         decoder,
@@ -261,6 +285,7 @@ def fit_decoder(args, config, rank, world, device):
             history.append(record_of(tasks, n, visit))
             running.write_checkpoint(state_path, 'decoder-state', {
                 'config': settings,
+                'sources': sources,
                 'done': n + 1,
                 'history': history,
                 'decoder': decoder.state_dict(),
@@ -270,7 +295,7 @@ def fit_decoder(args, config, rank, world, device):
     tasks.bar.close()
 
     if rank == 0:
-        write_decoder(tasks, config, history)
+        write_decoder(tasks, config, history, settings)
     measure_decoder(tasks, config, settings)
     if rank == 0:  # at once: half of the folder would be taken for another run
         done = state_path.parent.with_name('.decoder-state.done')
@@ -278,11 +303,40 @@ def fit_decoder(args, config, rank, world, device):
         shutil.rmtree(state_path.parent.rename(done), ignore_errors=True)
 
 
-def already_trained(args, config, device):
-    """Whether fits/decoder.pt is there, finished, and of this config."""
-    if not (args.fits / 'decoder.pt').exists() or (args.fits / 'decoder-state').exists():
+def sources_of(folders, *before):
+    """{avatar: what its images are}; each rank reads those of its share.
+
+    before: checkpoints that may know it already.
+    """
+    known = {}
+    for path in before:
+        if path.exists():
+            kind = 'decoder-state' if path.stem == 'state' else path.stem
+            known = known or running.read_checkpoint(path, kind).get('sources', {})
+    share = {}
+    for folder in folders[dist.get_rank()::dist.get_world_size()]:
+        share[folder.name] = provenance.of_avatar(folder, known.get(folder.name))
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, share)
+    return {name: source for part in parts for name, source in part.items()}
+
+
+def already_trained(args, settings, config, device):
+    """Whether fits/decoder.pt is there, finished, and of these settings; stops if of others.
+
+    One that ships, or of an older version, knows its config alone.
+    """
+    path = args.fits / 'decoder.pt'
+    if not path.exists() or (args.fits / 'decoder-state').exists():
         return False
-    return running.load_model('decoder', args.fits, device).config == config
+    decoder = running.load_model('decoder', args.fits, device)
+    if not decoder.settings:
+        return decoder.config == config
+    names = running.differing(settings, decoder.settings)
+    if names := [name for name in names if name != 'ranks']:
+        rh.stop(f'{path}: was trained with other settings ({", ".join(names)}); '
+                'delete it to train again, or give another folder with --fits')
+    return True
 
 
 def resume(path, settings, decoder, optimizer):
@@ -290,12 +344,13 @@ def resume(path, settings, decoder, optimizer):
     if not path.exists():
         return 0, []
     state = running.read_checkpoint(path, 'decoder-state')
-    if names := running.differing(settings, state['config']):
-        rh.stop(f'{path.parent}: an interrupted run with other settings ({", ".join(names)}); '
-                'delete the folder to start anew')
-    decoder.load_state_dict(state['decoder'])
-    optimizer.load_state_dict(state['optimizer'])
-    return state['done'], state['history']
+    with running.reading(path, f'delete {path.parent} to start anew'):
+        if names := running.differing(settings, state['config']):
+            rh.stop(f'{path.parent}: an interrupted run with other settings ({", ".join(names)}); '
+                    'delete the folder to start anew')
+        decoder.load_state_dict(state['decoder'])
+        running.load_optimizer(optimizer, state['optimizer'])
+        return int(state['done']), list(state['history'])
 
 
 def record_of(tasks, n, visit):
@@ -327,7 +382,7 @@ def first_avatar_psnr(tasks, outer):
     return sum(scores) / len(scores)
 
 
-def write_decoder(tasks, config, history):
+def write_decoder(tasks, config, history, settings):
     """Writes the finished decoder, with the mean of all planes as `start`, and its log."""
     decoder = tasks.decoder
     device = decoder.start.device
@@ -339,7 +394,16 @@ def write_decoder(tasks, config, history):
 
     visits = tasks.config.outer * tasks.rounds
     path = tasks.args.fits / 'decoder.pt'
-    running.write_model(path, 'decoder', config, decoder.state_dict(), visits)
+    running.write_model(
+        path,
+        'decoder',
+        config,
+        decoder.state_dict(),
+        visits,
+        settings=settings,
+        sources=tasks.sources,
+        made_with={'images': settings['images'], 'init': settings['init_decoder']},
+    )
     with running.atomic(path.with_suffix('.jsonl')) as temporary:
         temporary.write_text(''.join(json.dumps(record) + '\n' for record in history))
 
@@ -362,7 +426,14 @@ def measure_decoder(tasks, config, settings):
             path = args.fits / f'{folder.name}.pt'
             box = scenes.read_box(folder)
             write_planes(
-                path, saved['planes'], box, config, tasks.decoder, scores[folder.name], settings
+                path,
+                saved['planes'],
+                box,
+                config,
+                tasks.decoder,
+                scores[folder.name],
+                settings,
+                tasks.sources[folder.name],
             )
     summary(args, 'decoder', scores)
 
@@ -383,37 +454,64 @@ def fit_planes(args, config, rank, world, device):
         settings[name] = getattr(args, name)
 
     scores = {}
-    folders = scenes.list_avatars(args.data)[:args.count]
-    bar = tqdm(folders[rank::world], disable=rank > 0, desc='avatars')
-    for folder in bar:
-        path = args.fits / f'{folder.name}.pt'
-        with running.claim(path) as mine:
-            if not mine:
-                bar.write(f'{folder.name}: left to another process, which is fitting it')
-                continue
-            saved = finished(path, decoder, settings)
-            if saved:
-                scores[folder.name] = saved['psnr']
-                continue
+    left = []
+    folders = avatars_of(args.data)[:args.count]
+    share = folders[rank::world]
+    bar = tqdm(total=len(share), disable=rank > 0, desc='avatars')
 
-            box = scenes.read_box(folder)
-            views = scenes.load_views(folder, 'train', box, args.downscale)
-            held_out = held_out_views(folder, args, args.held_out)
-            visit = rh.fit_avatar(
-                views,
-                start,
-                decoder,
-                config,
-                rh.by_seconds(args.seconds) if args.seconds else rh.by_steps(config.fit_steps),
-                seed=args.seed,
-                report=functools.partial(report, bar, folder.name),
-            )
-            scores[folder.name] = []
-            if held_out:
-                field = rh.PlaneField(visit.planes, decoder)
-                scores[folder.name] = held_out_psnr(field, held_out, config, visit.grid)
-            write_planes(path, visit.planes, box, config, decoder, scores[folder.name], settings)
+    def place(folder):
+        return args.fits / f'{folder.name}.pt'
+
+    for folder in running.claimed(share, place, left):
+        bar.update()
+        saved = finished(place(folder), folder, decoder, settings)
+        if saved:
+            scores[folder.name] = saved['psnr']
+            continue
+
+        # What is fitted is what was there before: images that are replaced meanwhile are noticed
+        source = provenance.of_avatar(folder)
+        box = scenes.read_box(folder)
+        views = scenes.load_views(folder, 'train', box, args.downscale)
+        held_out = held_out_views(folder, args, args.held_out)
+        visit = rh.fit_avatar(
+            views,
+            start,
+            decoder,
+            config,
+            rh.by_seconds(args.seconds) if args.seconds else rh.by_steps(config.fit_steps),
+            seed=args.seed,
+            report=functools.partial(report, bar, folder.name),
+        )
+        scores[folder.name] = []
+        if held_out:
+            field = rh.PlaneField(visit.planes, decoder)
+            scores[folder.name] = held_out_psnr(field, held_out, config, visit.grid)
+        write_planes(
+            place(folder),
+            visit.planes,
+            box,
+            config,
+            decoder,
+            scores[folder.name],
+            settings,
+            source,
+        )
+    bar.close()
     summary(args, 'fit', scores)
+    say_what_is_left(left, len(folders))
+
+
+def say_what_is_left(left, count):
+    """Ends with status 1 where avatars of any rank were not fitted."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, [folder.name for folder in left])
+    names = sorted(name for part in gathered for name in part)
+    dist.barrier()
+    if names and dist.get_rank() == 0:
+        rh.stop(f'{len(names)} of {count} avatars not fitted: other processes still fit '
+                f'{", ".join(names[:3])}{" ..." if names[3:] else ""}; '
+                'the same command fits what they leave')
 
 
 def report(bar, name, done, terms):
@@ -426,7 +524,8 @@ def main(args):
     numbers = [args.downscale, args.held_out]
     if args.count is not None:
         numbers.append(args.count)
-    if min(numbers) < 1 or (args.seconds is not None and not args.seconds > 0):
+    seconds = 1.0 if args.seconds is None else args.seconds
+    if min(numbers) < 1 or not 0 < seconds < math.inf:
         rh.stop('--downscale, --held-out, --count and --seconds must be positive')
     if args.seconds and world > 1 and args.decoder:
         rh.stop('--seconds with --decoder needs one rank: ranks must agree on the number of steps')
@@ -437,10 +536,15 @@ def main(args):
         fit_planes(args, config, rank, world, device)
         dist.barrier()
         return
-    claimed = running.claim(args.fits / 'decoder.pt') if rank == 0 else contextlib.nullcontext(True)
+    path = args.fits / 'decoder.pt'
+    claimed = contextlib.nullcontext(True)
+    if rank == 0:
+        claimed = running.claim(path, *(path.with_suffix(x) for x in ('.json', '.jsonl')))
     with claimed as mine:
         if not mine:
-            rh.stop(f'{args.fits}/decoder.pt: another process is training it')
+            rh.stop(f'{path}: another process is training it')
+        if rank == 0:
+            running.remove_all_leftovers(args.fits / 'decoder-state')
         fit_decoder(args, config, rank, world, device)
         dist.barrier()
 

@@ -463,9 +463,10 @@ def only_face(path, image, where):
         rh.stop(f'{path}: {what}; to go on anyway give a square, --crop X Y SIZE {where}')
     if len(faces) > 1:
         choices = []
+        shrunk = image.info.get('shrunk', 1)
         for face in faces:
-            crop = ' '.join(map(str, crop_of(face)))
-            choices.append(f'at ({face.x:.0f}, {face.y:.0f}) --crop {crop}')
+            crop = ' '.join(str(shrunk * value) for value in crop_of(face))
+            choices.append(f'at ({face.x * shrunk:.0f}, {face.y * shrunk:.0f}) --crop {crop}')
         listed = '; '.join(choices)
         rh.stop(f'{path}: {len(faces)} faces were found, choose one: {listed}')
     return faces[0]
@@ -492,8 +493,9 @@ def align(path, size, crop=None, sheet=None):
     Ends in one line where no face, several or only profiles are found.
     """
     image = scenes.open_image(path)
+    shrunk = image.info.get('shrunk', 1)
     where = (
-        f'in pixels of the {image.width} x {image.height}, '
+        f'in pixels of the {shrunk * image.width} x {shrunk * image.height}, '
         'the face in its middle a third of the way down and a third as wide'
     )
     face = None
@@ -503,6 +505,8 @@ def align(path, size, crop=None, sheet=None):
         crop = crop_of(face)
         if abs(face.roll) > 4:
             roll = face.roll
+    else:
+        crop = [value / shrunk for value in crop] if shrunk > 1 else crop
     check_crop(path, image, crop, where)
 
     square = square_of(image, crop, roll)

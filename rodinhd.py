@@ -27,6 +27,7 @@ instant-ngp (Mueller et al. 2022: occupancy grid); EWC (Kirkpatrick et al. 2017)
 import functools
 import itertools
 import math
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -156,6 +157,20 @@ SETTINGS = [field.name for field in fields(Config)]
 NOT_IN_THE_PAPERS = SETTINGS[SETTINGS.index('augment'):]
 MAY_BE_ZERO = ('components', 'likeness_steps', 'patches', 'patch_grid_updates', 'vae_steps')
 
+# The largest values: memory grows with these, shares are of 1, the viewer packs cells in eights
+LARGEST = dict(
+    channels=1024, resolution=4096, base_resolution=4096, decoder_width=8192, grid=512, steps=65536,
+    fit_avatars=10**5, rays=2**22, portrait=4096, vae_widths=8192, vae_layers=16, vae_latent=1024,
+    vae_batch=2**16, token_width=8192, pool_width=8192, base_width=8192, base_mult=64,
+    base_blocks=16, base_attention=4096, base_aware=4096, head_width=8192, base_timesteps=10**5,
+    base_batch=2**16, up_width=8192, up_mult=64, up_blocks=16, up_body=64, up_head_width=8192,
+    up_timesteps=10**5, up_batch=2**16, patch=4096, patches=2**16, sample_steps=10**5,
+    patch_grid_updates=10**4, fisher_batches=10**4, components=10**4, likeness_steps=10**5,
+    condition_drop=1, ema=1, planes_final_lr=1, decoder_final_lr=1, final_lr=1, rescale=1,
+)
+LARGEST_OF_OTHERS = 10**9
+LONGEST = 8  # of a tuple
+
 # What `small` and `tiny` have in common: they are trained for minutes or hours, on 2 cores.
 BRIEFLY = dict(
     vae_scale=1.0, vae_layers=1, base_blocks=1, up_blocks=1, patches=1, patch_grid_updates=0,
@@ -199,9 +214,16 @@ def stop(message):
     raise SystemExit(f'error: {message}')
 
 
+@functools.cache
+def note(message):
+    """Tells in one line, and once, how something was understood that may be meant otherwise."""
+    print(f'note: {message}', file=sys.stderr)
+
+
 def parse_setting(field, text):
     """The value that `text` gives to a field of Config; ValueError with what it takes if none."""
     kind = type(field.default)
+    largest = LARGEST.get(field.name, LARGEST_OF_OTHERS)
     if get_origin(field.type) is Literal:
         choices = get_args(field.type)
         if text not in map(str, choices):
@@ -210,9 +232,13 @@ def parse_setting(field, text):
 
     if kind is tuple:
         try:
-            return tuple(int(item) for item in text.split(','))
+            values = tuple(int(item) for item in text.split(','))
         except ValueError:
             raise ValueError('integers with commas between') from None
+        least = 0 if field.name in ('base_attention', 'base_aware') else 1  # 0: at no height
+        if len(values) > LONGEST or not least <= min(values) <= max(values) <= largest:
+            raise ValueError(f'at most {LONGEST} integers from {least} to {largest}')
+        return values
 
     try:
         value = kind(text)
@@ -221,6 +247,8 @@ def parse_setting(field, text):
     least = 0 if kind is float or field.name in MAY_BE_ZERO else 1
     if not least <= value < math.inf:
         raise ValueError(f'a positive {kind.__name__}')
+    if value > largest:
+        raise ValueError(f'at most {largest}')
     return value
 
 
@@ -242,14 +270,45 @@ def make_config(preset, overrides=()):
             stop(f'--set {item}: {name} takes {error}')
 
     config = Config(**values)
-    if config.channels % 4 or config.resolution % 4:
-        stop(f'channels {config.channels} and resolution {config.resolution} must divide by 4')
-    if config.resolution % config.base_resolution:
-        stop(f'resolution {config.resolution} must divide by '
-             f'base_resolution {config.base_resolution}')
-    if config.portrait % 64:  # y3, an eighth of it, is cut into 8 x 8 patches
-        stop(f'portrait {config.portrait} must divide by 64')
+    try:
+        check_config(config)
+    except ValueError as error:
+        stop(error)
     return config
+
+
+def check_config(config):
+    """ValueError, in one line, where a Config has a value that is out of its range or of another
+    type, or where what has to divide does not."""
+    if not str(config.preset).isidentifier():
+        raise ValueError('preset is no name')
+    for field in fields(Config)[1:]:
+        value = getattr(config, field.name)
+        kind = type(field.default)
+        is_whole = type(value) is int and kind is float
+        if type(value) is not kind and not is_whole:
+            raise ValueError(f'{field.name} is no {kind.__name__}')
+        text = ','.join(map(str, value)) if kind is tuple else str(value)
+        try:
+            parse_setting(field, text)
+        except ValueError as error:
+            raise ValueError(f'{field.name} is {text[:40]}, it takes {error}') from None
+
+    if config.channels % 4 or config.resolution % 4:
+        raise ValueError(
+            f'channels {config.channels} and resolution {config.resolution} must divide by 4'
+        )
+    if config.resolution % config.base_resolution:
+        raise ValueError(
+            f'resolution {config.resolution} must divide by '
+            f'base_resolution {config.base_resolution}'
+        )
+    if config.portrait % 64:  # y3, an eighth of it, is cut into 8 x 8 patches
+        raise ValueError(f'portrait {config.portrait} must divide by 64')
+    if config.grid % 8:
+        raise ValueError(f'grid {config.grid} must divide by 8')
+    if config.decoder_width % 4:  # the viewer reads it in fours
+        raise ValueError(f'decoder_width {config.decoder_width} must divide by 4')
 
 
 def departures(config):
@@ -840,6 +899,28 @@ class Views(NamedTuple):
     c2w: torch.Tensor  # (V, 4, 4)
     intrinsics: torch.Tensor  # (V, 4)
     has_alpha: bool  # some pixel is transparent
+    unknown: torch.Tensor | None = None  # (V, H, W) bool: masked pixels, whose colours are nobody's
+
+    def known_pixels(self, view, *pictures):
+        """What pictures (H, W, 3) show where a view is known, (n, 3) each; all of them if it is
+        known everywhere."""
+        if self.unknown is None:
+            return pictures
+        known = ~self.unknown[view]
+        return [picture[known] for picture in pictures]
+
+    def outlines(self):
+        """Images (V, H, W, 4) in which what is unknown counts as solid: it may be."""
+        if self.unknown is None:
+            return self.images
+        images = self.images.clone()
+        images[..., 3][self.unknown] = 255
+        return images
+
+
+# Pixels of at most this alpha, of 255, are empty: mattes leave a little everywhere. Silhouettes,
+# hulls and boxes are all of pixels above it.
+FAINT = 12
 
 
 def on_white(images):
@@ -850,7 +931,8 @@ def on_white(images):
 
 def near_silhouette(image, radius):
     """Pixels (H, W) of an image (H, W, 4) at most `radius` from one that is not transparent."""
-    solid = (image[..., 3] > 0).float()[None]
+    solid = (image[..., 3] > FAINT).float()[None]
+    radius = min(radius, max(image.shape[:2]))
     wide = F.max_pool2d(solid, (1, 2 * radius + 1), 1, (0, radius))
     return F.max_pool2d(wide, (2 * radius + 1, 1), 1, (radius, 0))[0] > 0
 
@@ -867,7 +949,8 @@ def visual_hull(views, G, seen_by=0.0):
     alive = torch.arange(len(cells))
     share_of_views = torch.zeros(len(cells))
     height, width = views.images.shape[1:3]
-    for image, c2w, intrinsics in zip(*views[:3], strict=True):
+    cameras = zip(views.outlines(), views.c2w, views.intrinsics, strict=True)
+    for image, c2w, intrinsics in cameras:
         # Project the cells that are left into the image
         fx, fy, cx, cy = intrinsics.tolist()
         local = (cells[alive] - c2w[:3, 3]) @ c2w[:3, :3]  # camera coordinates, looking down -z
@@ -907,13 +990,19 @@ class Rays:
         self.near = None
         self.edge = None
         self.edges = 0.0
+        known = None if views.unknown is None else ~views.unknown
         if margin is None:
+            if known is not None:
+                self.near = self.indices(known, device)
             return
 
-        near = [near_silhouette(image, margin) for image in views.images]
+        near = [near_silhouette(image, margin) for image in views.outlines()]
         edge = [
             near_silhouette(image, 2) & near_silhouette(255 - image, 2) for image in views.images
         ]
+        if known is not None:
+            near = known & torch.stack(near)
+            edge = known & torch.stack(edge)
         self.near = self.indices(near, device)
         self.edge = self.indices(edge, device)
         if not len(self.near):
@@ -923,7 +1012,9 @@ class Rays:
     @staticmethod
     def indices(masks, device):
         """Flat indices of the pixels of all views that are in masks (V, H, W)."""
-        return torch.stack(masks).view(-1).nonzero()[:, 0].to(device, torch.int32)
+        if not torch.is_tensor(masks):
+            masks = torch.stack(masks)
+        return masks.reshape(-1).nonzero()[:, 0].to(device, torch.int32)
 
     def draw(self, n, generator):
         """rays_o and rays_d (n, 3), and the colours on white (n, 3) that they should have."""
@@ -1372,7 +1463,8 @@ class VAE(nn.Module):
         super().__init__()
         widths = config.vae_widths
         latent = config.vae_latent
-        assert len(widths) == 4, f'the VAE has four levels, vae_widths has {len(widths)}'
+        if len(widths) != 4:
+            raise ValueError(f'the VAE has four levels, vae_widths has {len(widths)}')
         self.encoder = self.make_encoder(widths, config.vae_layers, 2 * latent)
         self.decoder = self.make_decoder(widths[::-1], config.vae_layers + 1, latent)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
@@ -1534,7 +1626,8 @@ class PortraitTokens(nn.Module):
         self.patches = nn.ModuleList()
         for i in used:
             channels, pixels = maps[i]
-            assert pixels % 8 == 0, f'a map of {pixels} x {pixels} pixels has no 8 x 8 patches'
+            if pixels % 8:
+                raise ValueError(f'a map of {pixels} x {pixels} pixels has no 8 x 8 patches')
             side = pixels // 8
             cut = nn.Conv2d(channels, config.token_width, side, stride=side, bias=False)
             self.patches.append(nn.Sequential(norm(channels), cut))
@@ -1556,7 +1649,8 @@ class PooledEmbedding(nn.Module):
     def __init__(self, config, emb):
         super().__init__()
         width = config.pool_width
-        assert width % 8 == 0, f'pool_width {width} is no multiple of 8 heads'
+        if width % 8:
+            raise ValueError(f'pool_width {width} is no multiple of 8 heads')
         (channels, pixels), _ = feature_shapes(config)
         side = pixels // 2
         self.patch = nn.Conv2d(channels, width, side, stride=side, bias=False)
@@ -1703,7 +1797,8 @@ class Attention(nn.Module):
     """
     def __init__(self, channels, head, token_width, joint, map, positions=0):
         super().__init__()
-        assert channels % head == 0, f'{channels} channels are no multiple of head width {head}'
+        if channels % head:
+            raise ValueError(f'{channels} channels are no multiple of head width {head}')
         self.heads = channels // head
         self.map = map
         self.positions = positions
@@ -1774,7 +1869,8 @@ class UNet(nn.Module):
         mult: width of each level, times self.width; blocks: a level; body: times in the middle.
         """
         halvings = len(mult) - 1
-        assert height % 2 ** halvings == 0, f'planes of {height} cannot be halved {halvings} times'
+        if height % 2 ** halvings:
+            raise ValueError(f'planes of {height} cannot be halved {halvings} times')
         widths = [m * self.width for m in mult]
         skips = [c]  # channels of what the way up will see
         self.encoder = nn.ModuleList()

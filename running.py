@@ -1,15 +1,19 @@
 """What every command needs to run: ranks, files, checkpoints, models, moving averages.
 
 A process group always exists (of size 1 without torchrun), so no loop asks whether there is one.
-Files are whole or not there (atomic), have one writer (claim), hold no NaN (rodinhd.Finite), and
-never run code when they are read (weights_only).
+Files are whole or not there (atomic), have one writer (claim), hold no NaN (rodinhd.Finite), say
+what they were made with (provenance.py), and never run code when they are read (weights_only).
 """
 import atexit
 import contextlib
+import errno
 import functools
 import json
 import os
+import secrets
 import sys
+import time
+import zipfile
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -17,24 +21,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import endings
+import provenance
 import rodinhd as rh
 import shortcuts
 
+MOST_SEEDS = 2 ** 62  # what is drawn from a seed takes up to twice of it, and more, of 64 bits
 
 # Ranks --------------------------------------------------------------------------------------------
-def one_line(kind, error, trace):
-    """sys.excepthook of all scripts: a full disk, a folder in place of a file and Ctrl-C are said
-    in one line."""
-    if not issubclass(kind, (OSError, KeyboardInterrupt)):
-        sys.__excepthook__(kind, error, trace)
-    elif str(error):
-        print(f'error: {error}', file=sys.stderr)
-    else:
-        print('interrupted; the same command goes on after the last file written', file=sys.stderr)
-
-
 def start(device=None, seed=0):
     """Starts the process group and seeds PyTorch by seed and rank -> rank, world, device."""
+    for stream in (sys.stdout, sys.stderr):  # a name that cannot be printed ends no work
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors='replace')
+    if not 0 <= seed < MOST_SEEDS:
+        rh.stop(f'--seed {seed}: give a number from 0 to {MOST_SEEDS - 1}')
     if device is None:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
@@ -43,22 +44,30 @@ def start(device=None, seed=0):
         start_group('gloo' if device == 'cpu' else 'nccl')
     rank = dist.get_rank()
     world = dist.get_world_size()
-    sys.excepthook = one_line  # in place of torch.distributed's
+    endings.install()  # in place of torch.distributed's
 
     if device.startswith('cuda'):
-        if 'LOCAL_RANK' in os.environ:
+        if under_torchrun() and 'LOCAL_RANK' in os.environ:
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    torch.manual_seed(seed * 1000 + rank)
+    torch.manual_seed((seed * 1000 + rank) % 2 ** 63)
     return rank, world, torch.device(device)
+
+
+def under_torchrun():
+    """Whether all is set that torchrun sets: some of it may be a cluster's, for something else."""
+    return all(name in os.environ for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))
 
 
 def start_group(backend):
     """The process group of torchrun, or one of a single rank. It is patient: shards are uneven."""
-    if 'RANK' in os.environ:
-        store, rank, world = next(dist.rendezvous('env://'))
+    if under_torchrun():
+        try:
+            store, rank, world = next(dist.rendezvous('env://'))
+        except (ValueError, RuntimeError) as error:  # no numbers, or nobody answers
+            rh.stop(f'RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: {first_line(error)}')
     else:
         store = dist.HashStore()
         rank = 0
@@ -94,69 +103,171 @@ def average_gradients(parameters, active=True):
 
 
 # Files --------------------------------------------------------------------------------------------
+def first_line(error, most=100):
+    """What an error says, in one line of at most so many letters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
 @contextlib.contextmanager
 def atomic(path):
     """A temporary path beside `path` (same suffix) to write to.
 
-    It becomes `path` if all goes well; else the old file stays as it is.
+    It becomes `path` if all goes well; else the old file stays as it is. Both the bytes and the
+    name are on the disk then, so a power loss leaves one of the two files whole.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{os.getpid()}.tmp.{path.name}')
+    temporary = path.with_name(f'.{secrets.token_hex(4)}.tmp.{path.name}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        synchronise(temporary)
         os.replace(temporary, path)
+        synchronise(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        rh.stop(f'{path}: cannot be written ({str(error).splitlines()[0][:100]})')
+        if isinstance(error.__context__, OSError):
+            error = error.__context__
+        rh.stop(f'{path}: cannot be written ({first_line(error)})')
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+def synchronise(path):
+    """Waits until a file, or the names in a folder, are on the disk.
+
+    Some file systems cannot do this for a folder; then there is nothing to wait for.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+    finally:
+        os.close(file)
+
+
 def write_json(path, content, **how):
     """Writes plain types as JSON with an indent of 1. how: of json.dumps."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, **how) + '\n')
+        temporary.write_text(json.dumps(content, indent=1, **how) + '\n', encoding='utf-8')
+
+
+@functools.cache
+def leftovers(folder):
+    """The temporary files that were in a folder when this process first asked."""
+    return list(folder.glob('.[0-9a-f]*.tmp.*'))
 
 
 @contextlib.contextmanager
-def claim(path):
+def claim(path, *others):
     """Whether this process may write `path`: False while another one may.
 
-    It locks a byte of <folder>/.lock until the process ends. Windows has no fcntl, so no claims.
+    It locks a byte of <folder>/.lock until the process ends. Whoever holds it removes what killed
+    processes have left of writing `path`, and of `others`: files that the same claim is for.
+    Without locks (on Windows, and where the file system has none) there are no claims.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = True
     with open(path.parent / '.lock', 'a') as lock:
-        try:
-            import fcntl
-            byte = zlib.crc32(path.name.encode())
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except ImportError:
-            pass
-        except OSError:
-            mine = False
+        mine = locked(lock, path)
+        if mine:
+            remove_leftovers(path, *others)
         yield mine
+
+
+def locked(lock, path):
+    """Locks the byte of an open file that is for `path`; False where another process has it."""
+    try:
+        import fcntl
+        byte = zlib.crc32(os.fsencode(path.name))
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except ImportError:
+        pass
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        rh.note(f'{path.parent}: this file system has no locks ({first_line(error)}); '
+                'run one command at a time on it')
+    return True
+
+
+def remove_leftovers(*paths):
+    for path in map(Path, paths):
+        for temporary in leftovers(path.parent):
+            if temporary.name.endswith(f'.tmp.{path.name}'):
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+
+
+def remove_all_leftovers(folder):
+    """Removes all temporary files in a folder and those in it, which the same claim is for."""
+    for temporary in Path(folder).rglob('.[0-9a-f]*.tmp.*'):
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def claimed(items, place, left):
+    """Yields the items whose file, place(item), this process may write.
+
+    Those of other processes come at the end, if they become free in about the time that three
+    items take here; those that do not are put into the list `left`.
+    """
+    waiting = []
+    longest = 3.0
+    for item in items:
+        began = time.monotonic()
+        with claim(place(item)) as mine:
+            if not mine:
+                waiting.append(item)
+                continue
+            yield item
+        longest = max(longest, time.monotonic() - began)
+
+    deadline = time.monotonic() + 3 * longest
+    for item in waiting:
+        while True:
+            with claim(place(item)) as mine:
+                if mine:
+                    yield item
+            if mine:
+                deadline = time.monotonic() + 3 * longest
+                break
+            if time.monotonic() > deadline:
+                left.append(item)
+                break
+            time.sleep(0.2)
 
 
 # Checkpoints --------------------------------------------------------------------------------------
 def write_checkpoint(path, kind, content):
     """Writes a dict of plain types and tensors.
 
-    read_checkpoint checks its kind: 'decoder', 'planes', 'vae' ...
+    read_checkpoint checks its kind: 'decoder', 'planes', 'vae' ... What is written depends on the
+    content alone: to a path, torch.save would write the temporary file's name, too.
     """
-    with atomic(path) as temporary:
-        torch.save({'kind': kind, **content}, temporary)
+    with atomic(path) as temporary, open(temporary, 'wb') as file:
+        torch.save({'kind': kind, **content}, file)
 
 
-def read_checkpoint(path, kind, made_by=''):
+def read_checkpoint(path, kind, made_by='', whole=True):
     """Reads what write_checkpoint wrote.
 
-    Tensors are memory-mapped, so what is not used is not read.
+    Tensors are memory-mapped, so what is not used is not read; but first all bytes are compared
+    with their checksums, unless `whole` is False.
     """
     try:
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise ValueError('no file')
+        check_archive(path, whole)
         content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        check_tensors(content)
     except FileNotFoundError:
         advice = f'; make it with {made_by}' if made_by else ''
         rh.stop(f'{path}: there is no such file{advice}')
@@ -167,6 +278,100 @@ def read_checkpoint(path, kind, made_by=''):
     if found != kind:
         rh.stop(f'{path}: is a checkpoint of kind {found!r}, expected {kind!r}')
     return content
+
+
+def check_archive(path, whole):
+    """Raises ValueError where a file is no archive of torch.save, would grow when it is read, or
+    (with `whole`) does not have the bytes that were written. PyTorch looks at no checksum."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError('compressed')
+        if sum(part.file_size for part in parts) > os.path.getsize(path):
+            raise ValueError('parts that lie on one another')
+        for part in parts:
+            if whole or '/data/' not in part.filename:  # what is no tensor is small
+                with archive.open(part) as file:
+                    while file.read(2 ** 20):  # raises at its end where its checksum is another
+                        pass
+
+
+def check_tensors(content):
+    """Raises ValueError where a tensor, somewhere in nested dicts and lists, is not what it
+    seems: without bytes, or larger than its bytes."""
+    seen = set()
+    waiting = [content]
+    while waiting:
+        x = waiting.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, dict):
+            waiting += x.values()
+        elif isinstance(x, (list, tuple)):
+            waiting += x
+        elif torch.is_tensor(x):
+            if x.layout != torch.strided or x.device.type != 'cpu' or x.is_quantized:
+                raise ValueError('a tensor without bytes')
+            if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+                raise ValueError('a tensor larger than its bytes')
+
+
+def read_planes(path, decoder=None, folder=None, low=False):
+    """Reads what fit.py wrote of an avatar; stops where it is not as fit.py writes it, is of
+    another decoder, or of other images than those in a folder.
+
+    low: only the low-resolution planes will be used, so the others' bytes are not looked at.
+    """
+    advice = 'delete it and fit it again with python fit.py'
+    content = read_checkpoint(path, 'planes', 'python fit.py', whole=not low)
+    with reading(path, advice):
+        check_planes(content)
+        if low and content.get('sum_of_low', 0) != provenance.of_tensor(content['low']):
+            check_archive(path, whole='sum_of_low' not in content)
+            if 'sum_of_low' in content:
+                raise ValueError('other low-resolution planes than were written')
+    made_with = content.get('made_with', {'decoder': content.get('decoder')})
+    if decoder is not None:
+        place = getattr(decoder, 'path', 'the one it is used with')
+        beside = {'decoder': (place, provenance.fingerprint(decoder))}
+        provenance.compare(path, made_with, beside, f'{advice}, or put its decoder back')
+    if folder is not None:
+        provenance.check_avatar(path, made_with, folder)
+    return content
+
+
+def check_planes(content):
+    """ValueError unless planes are (3, C, R, R), in fp16, and in a box that is finite."""
+    for name in ('planes', 'low'):
+        x = content[name]
+        square = x.ndim == 4 and len(x) == 3 and x.shape[2] == x.shape[3] > 0
+        if not square or x.dtype != torch.float16 or not x.is_contiguous():
+            raise ValueError(f'{name} are {x.dtype} of {tuple(x.shape)}')
+    centre = torch.as_tensor(content['centre'], dtype=torch.float64)
+    half = torch.as_tensor(content['half'], dtype=torch.float64)
+    if centre.shape != (3,) or half.ndim or not centre.isfinite().all() or not 0 < half < 1e30:
+        raise ValueError('its box is no centre and half of its width')
+
+
+@contextlib.contextmanager
+def reading(path, advice):
+    """Ends in one line where what a checkpoint holds does not fit what is made of it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        lacks = 'it has no ' if isinstance(error, KeyError) else ''
+        rh.stop(f'{path}: does not fit this program ({lacks}{first_line(error, 80)}); {advice}')
+
+
+def load_optimizer(optimizer, state):
+    """optimizer.load_state_dict, which raises ValueError where sizes are others, too."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            for name, x in optimizer.state.get(p, {}).items():  # some were never used
+                if torch.is_tensor(x) and x.ndim and x.shape != p.shape:
+                    raise ValueError(f'{name} of the optimizer is {tuple(x.shape)}')
 
 
 def differing(settings, saved):
@@ -186,35 +391,77 @@ MODELS = {  # kind: what makes it of a Config, and which command trains it
 }
 
 
-def write_model(path, kind, config, state, step):
+def build(kind, config):
+    """A new network of a kind; stops where settings of a Config do not go together."""
+    make, _ = MODELS[kind]
+    try:
+        return make(config)
+    except (ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        rh.stop(f'--set: there is no {kind} network of these settings ({first_line(error)})')
+
+
+def write_model(path, kind, config, state, step, **more):
     """A model for inference: its Config, and its weights in fp16 (those of the decoder, which are
-    few, in fp32)."""
+    few, in fp32).
+
+    more: what else the file says, of what it was `made_with` for example. A weight that fp16
+    cannot hold stops the program, and the file of before stays.
+    """
     dtype = torch.float32 if kind == 'decoder' else torch.float16
-    weights = {name: x.to('cpu', dtype) for name, x in state.items()}
-    write_checkpoint(path, kind, {'config': vars(config), 'model': weights, 'step': step})
+    weights = {name: x.detach().to('cpu', dtype) for name, x in state.items()}
+    for name, x in weights.items():
+        if not x.isfinite().all():
+            largest = state[name].abs().max().item()
+            rh.stop(f'{path}: not written: {name} has values up to {largest:.3g}, '
+                    f'which {str(dtype)[6:]} cannot hold; train with a lower learning rate')
+    content = {'config': vars(config), 'model': weights, 'step': step, **more}
+    write_checkpoint(path, kind, content)
 
 
 def config_of(saved):
-    """The Config that a checkpoint carries; settings that are newer than it are its preset's."""
+    """The Config that a checkpoint carries; settings that are newer than it are its preset's.
+
+    ValueError where it has values that --set would refuse.
+    """
     values = {**rh.PRESETS.get(saved.get('preset'), {}), **saved}
-    return rh.Config(**{name: values[name] for name in values if name in rh.SETTINGS})
+    config = rh.Config(**{name: values[name] for name in values if name in rh.SETTINGS})
+    rh.check_config(config)
+    return config
+
+
+def check_sizes(kind, config, state):
+    """ValueError unless weights are those of a Config's network, before that takes memory."""
+    make, _ = MODELS[kind]
+    with torch.device('meta'):
+        expected = make(config).state_dict()
+    odd = expected.keys() ^ state.keys()
+    if odd:
+        raise ValueError(f'{min(odd)} is in one of file and network alone')
+    for name, x in expected.items():
+        if not torch.is_tensor(state[name]) or state[name].shape != x.shape:
+            raise ValueError(f'{name} is not {tuple(x.shape)}')
+        if not state[name].is_floating_point():
+            raise ValueError(f'{name} is {state[name].dtype}')
 
 
 def load_model(kind, folder, device):
-    """The model of a kind from folder/<kind>.pt, in fp32 and frozen, with its Config as .config."""
-    build, made_by = MODELS[kind]
+    """The model of a kind from folder/<kind>.pt, in fp32 and frozen, with its Config as .config,
+    what it was made with as .made_with, and its own fingerprint."""
+    make, made_by = MODELS[kind]
     path = Path(folder) / f'{kind}.pt'
     content = read_checkpoint(path, kind, made_by)
-    try:
+    with reading(path, f'make it again with {made_by}'):
         config = config_of(content['config'])
-        model = build(config)
+        check_sizes(kind, config, content['model'])
+        model = make(config)
         model.load_state_dict(content['model'])
-        finite = all(x.isfinite().all() for x in model.state_dict().values())
-        assert finite, 'it holds NaN or infinite values'
-    except (KeyError, TypeError, RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:80]
-        rh.stop(f'{path}: does not fit this program ({reason}); make it again with {made_by}')
+        if not all(x.isfinite().all() for x in model.state_dict().values()):
+            raise ValueError('it holds NaN or infinite values')
     model.config = config
+    model.path = path
+    model.made_with = content.get('made_with', {})
+    model.fingerprint = provenance.fingerprint(model)
+    model.settings = content.get('settings')  # of the command that made it
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -230,6 +477,14 @@ def load_models(runs='runs', fits='fits', device='cpu'):
             folder = fits if kind == 'decoder' else runs
         models[kind] = load_model(kind, folder, device)
 
+    # Base and upsample network are of the decoder and the VAE that they were trained with
+    beside = {name: beside_of(models[name]) for name in ('decoder', 'vae')}
+    for kind in ('base', 'upsample'):
+        model = models[kind]
+        _, made_by = MODELS[kind]
+        provenance.compare(model.path, model.made_with, beside, f'train it again with {made_by}, '
+                           'or give the --runs and --fits that belong together')
+
     # Planes are shared by all but the VAE, portraits by all but the decoder
     upsample = models['upsample'].config
     shared = {'decoder': ('channels', 'resolution'), 'vae': rh.ENCODER_SETTINGS}
@@ -244,9 +499,16 @@ def load_models(runs='runs', fits='fits', device='cpu'):
     return models
 
 
+def beside_of(model):
+    """Where a model lies, and its fingerprint: see provenance.compare."""
+    return model.path, model.fingerprint
+
+
 def load_vae(path, config):
     """A portrait encoder with published weights (.safetensors, .bin, .pt): of an AutoencoderKL,
     where it is a VAE."""
+    if not Path(path).is_file():
+        rh.stop(f'{path}: there is no such file')
     try:
         if str(path).endswith('.safetensors'):
             from safetensors.torch import load_file as load

@@ -22,34 +22,41 @@ weights/. Writes samples/<name>/:
     viewer.html                 one file for a browser (viewer1.html and so on of further avatars)
     planes.pt                   the planes, in fp16
 
-and the mesh that --mesh names. --interpolate writes strip.png, front and side of each avatar, in
+and what --mesh and --splats name. --interpolate writes strip.png, front and side of each avatar, in
 place of grid.png and viewers.
 """
 import argparse
 import functools
+import itertools
 import math
+import os
+import re
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import export
 import likeness
+import meshes
 import photo
+import pictures
 import rodinhd as rh
 import running
 import scenes
+import splats
 import words
 
-ELEVATION = 5  # of the turntable's camera, degrees
-SIDES = (0, 320, 40, 270, 90, 180)  # azimuths of the grid's views, degrees
-STRIP = (0, 50)  # azimuths of the strip's rows
-VIEWER_FRAMES = 12  # at most
-MESHES = ('.glb', '.ply', '.obj')
+AT_ONCE = 8  # avatars that are sampled together, with planes of 128 x 128 texels
+OURS = (  # files that a run may leave in its folder, besides meshes
+    r'(align|portrait)\d*\.png|(grid|strip|prompt)\.png|turntable\.(webp|gif|mp4)|'
+    r'viewer\d*\.html|planes\.pt'
+)
+SPLATS = ('.ply', '.glb')
 
 sampling_bar = functools.partial(tqdm, desc='sampling')
 
@@ -69,13 +76,6 @@ class Sampled(NamedTuple):
     images: torch.Tensor | None  # (.., 3, P, P), as the models saw them
 
 
-class Avatar(NamedTuple):
-    """An avatar to be drawn."""
-
-    field: rh.PlaneField
-    grid: rh.OccupancyGrid
-
-
 # What is asked for --------------------------------------------------------------------------------
 def check(args):
     """Stops where options make no sense, before anything is loaded."""
@@ -87,14 +87,23 @@ def check(args):
             '--count, --frames, --steps and --triangles must be at least 1, '
             '--refine 0, --size 16, --eta between 0 and 1'
         )
+    most = {'size': 4096, 'frames': 3600, 'count': 10**4, 'refine': 10**6}
+    for name, largest in most.items():
+        if (getattr(args, name) or 0) > largest:
+            rh.stop(f'--{name} {getattr(args, name)}: at most {largest}')
+    if args.guidance is not None and not abs(args.guidance) < 1000:
+        rh.stop(f'--guidance {args.guidance}: give a number, such as 1.5')
+    if args.name is not None and args.name != one_name(args.name):
+        rh.stop(f'--name {args.name!r}: give the name of one folder, which will be in --out')
 
-    if args.mesh:
-        is_name = args.mesh.name == str(args.mesh)
-        if args.mesh.suffix not in MESHES or not is_name:
-            rh.stop(
-                f'--mesh {args.mesh}: give a file name with .glb, .ply or .obj; '
-                'it goes where the rest goes (see --out)'
-            )
+    check_suffix('--mesh', args.mesh, meshes.FORMATS)
+    check_suffix('--splats', args.splats, SPLATS)
+    if args.mesh and args.mesh == args.splats:
+        rh.stop(f'--mesh and --splats name one file, {args.mesh}: give them two names')
+    if args.texture and not 64 <= args.texture <= 8192:
+        rh.stop(f'--texture {args.texture}: 64 to 8192, or 0 for coloured vertices')
+    if not 0 < args.height < 1e5:
+        rh.stop(f'--height {args.height:g}: of the .stl in millimetres, such as 100')
 
     portraits = len(args.portrait) if args.portrait else 1
     if args.interpolate:
@@ -108,6 +117,13 @@ def check(args):
         rh.stop('--crop goes with one portrait')
     if args.lora and args.prompt is None:
         rh.stop('--lora goes with --prompt')
+
+
+def check_suffix(option, path, suffixes):
+    """Stops where a path that an option names has none of these suffixes."""
+    if path and path.suffix.lower() not in suffixes:
+        *others, last = suffixes
+        rh.stop(f'{option} {path}: give a file with {", ".join(others)} or {last}')
 
 
 def check_steps(args, config):
@@ -131,21 +147,73 @@ def image_paths(args):
     return paths
 
 
+def one_name(name):
+    """Makes a name that is one folder, and not `..`, of what a file may be called."""
+    name = re.sub(r'[/\\\0]', '-', name).strip('. ')
+    return os.fsdecode(os.fsencode(name)[:200]) or 'portrait'
+
+
 def name_of(args, paths):
     """The name of the folder to write to."""
     if args.name:
         return args.name
     if paths:
-        return paths[0].stem
+        return one_name(paths[0].stem)
     if args.unconditional:
         return 'unconditional'
     return words.name_of(args.prompt)
 
 
-def numbered(name, k):
-    """The file name of the k-th of several of a kind; the first has no number."""
-    path = Path(name)
-    return f'{path.stem}{k or ""}{path.suffix}'
+def source_of(args, paths):
+    """A number of what avatars are made of: image files, a prompt, or nothing."""
+    number = zlib.crc32((args.prompt or '').encode(errors='surrogateescape'))
+    for path in paths:
+        number = zlib.crc32(path.read_bytes(), number)
+    return number
+
+
+def folder_of(args, paths):
+    """The folder to write to: that of the same portrait, or a new one. Without --name, another
+    portrait of that name keeps its folder, and this one's gets a number."""
+    name = name_of(args, paths)
+    source = source_of(args, paths)
+    for k in itertools.count(1):
+        folder = args.out / (name if k == 1 else f'{name}-{k}')
+        made_with = before(folder).get('made_with', {'source': source})
+        if args.name or made_with['source'] == source:
+            return folder
+
+
+def before(folder):
+    """What an earlier run has said of a folder, {} where there was none."""
+    path = folder / 'planes.pt'
+    if not path.exists():
+        return {}
+    content = running.read_checkpoint(path, 'avatars', whole=False)
+    with running.reading(path, 'delete it'):
+        content['made_with'] = {'source': None, **content.get('made_with', {})}
+        return {name: content.get(name) for name in ('made_with', 'mesh')}
+
+
+def states_of(folder):
+    """{path of each file: what tells whether it was written since}."""
+    if not folder.is_dir():
+        return {}
+    states = {path: path.stat() for path in folder.iterdir() if path.is_file()}
+    return {path: (state.st_ino, state.st_mtime_ns) for path, state in states.items()}
+
+
+def remove_old(folder, states, mesh):
+    """Removes what an earlier run, whose mesh had this name, has left and this one has not
+    written. states: states_of the folder before it."""
+    ours = OURS
+    if mesh:
+        path = Path(mesh)
+        ours = rf'{OURS}|{re.escape(path.stem)}\d*{re.escape(path.suffix)}'
+    now = states_of(folder)
+    for path, state in states.items():
+        if re.fullmatch(ours, path.name) and now.get(path) == state:
+            path.unlink()
 
 
 def draw_prompt(args, folder, device):
@@ -164,7 +232,7 @@ def read_portraits(paths, size, args, folder):
     images, alphas = [], []
     for k, path in enumerate(paths):
         if args.align or args.crop:
-            sheet = folder / numbered('align.png', k)
+            sheet = folder / export.numbered('align.png', k)
             rgb, alpha = photo.align(path, size, args.crop, sheet)
         else:
             rgb, alpha = scenes.read_portrait(path, size)
@@ -220,6 +288,22 @@ def fit_passage(planes, seen, share, decoder, steps):
     return (planes + torch.stack(corrections)).clamp(-1, 1)
 
 
+def parts_of(total, config):
+    """Slices of `total` avatars, as many at a time as fit into memory."""
+    size = max(1, AT_ONCE * 128**2 // config.resolution**2)
+    return [slice(first, min(first + size, total)) for first in range(0, total, size)]
+
+
+def straighten(models, given, parts, how):
+    """Does likeness.straighten for the Portraits `given`, in parts."""
+    seen = []
+    for part in parts:
+        images, alpha = (x[part] for x in given)
+        seed = how['seed'] + part.start
+        seen.append(likeness.straighten(models, images, alpha, **{**how, 'seed': seed}))
+    return likeness.Seen(*map(torch.cat, zip(*seen)))
+
+
 def sample(models, given, count, args):
     """Samples avatars and fits them to their portraits in --refine steps -> Sampled.
 
@@ -228,6 +312,7 @@ def sample(models, given, count, args):
     """
     device = next(models['base'].parameters()).device
     bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
+    config = models['upsample'].config
     share = torch.linspace(0, 1, count)
     how = {
         'guidance': args.guidance,
@@ -238,22 +323,30 @@ def sample(models, given, count, args):
     }
 
     images = seen = None
+    found = []
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if given:
             images = given.images.to(device)
         if given and args.refine:
-            seen = likeness.straighten(models, images, given.alpha, **how)
+            parts = parts_of(len(images), config)
+            seen = straighten(models, given._replace(images=images), parts, how)
             images = seen.images
 
-        if args.interpolate:
-            avatars = interpolate(models, images, share, **how)
-        elif given:
-            repeated = images.repeat_interleave(count, dim=0)
-            avatars = rh.generate(models, repeated, **how)
-        else:
-            avatars = rh.generate(models, count, **how)
+        total = count
+        if given and not args.interpolate:
+            images_of_all = images.repeat_interleave(count, dim=0)
+            total = len(images_of_all)
+        for part in parts_of(total, config):
+            size = part.stop - part.start
+            following = {**how, 'seed': args.seed + part.start}
+            if args.interpolate:
+                found.append(interpolate(models, images, share[part], **how))
+            elif given:
+                found.append(rh.generate(models, images_of_all[part], **following))
+            else:
+                found.append(rh.generate(models, size, **following))
 
-    planes, low = avatars.planes, avatars.low
+    planes, low = map(torch.cat, zip(*found))
     if seen:
         decoder = models['decoder']
         if args.interpolate:
@@ -264,121 +357,40 @@ def sample(models, given, count, args):
     return Sampled(planes, low, images)
 
 
-def avatar_of(planes, decoder, config):
-    """Makes planes (3, C, R, R) an Avatar. Haze is not drawn: the threshold is the paper's."""
-    field = rh.PlaneField(planes, decoder)
-    threshold = 10 * config.steps / 1024
-    return Avatar(field, rh.grid_for(field, config, planes.device, threshold=threshold))
+# Meshes and splats --------------------------------------------------------------------------------
+def place_of(folder, path, k):
+    """Where the k-th file that an option names goes: a bare name into the folder."""
+    if path.name == str(path):
+        path = folder / path
+    return path.with_name(export.numbered(path.name, k))
 
 
-# Pictures -----------------------------------------------------------------------------------------
-# A picture is an array (H, W, 3) uint8, a turn is a list of pictures of one avatar.
-def draw(avatar, azimuth, size):
-    """Draws one view of an avatar as it turns."""
-    field, grid = avatar
-    device = grid.values.device
-    pose = rh.orbit_pose(azimuth, ELEVATION).to(device)
-    intrinsics = rh.intrinsics_of(rh.PORTRAIT_FOV, size).to(device)
-    view = rh.render_view(field, pose, intrinsics, size, size, grid.steps, grid).rgb
-    return (view * 255).round().byte().cpu().numpy()
+def name_in(folder, path):
+    """How a file is called in what is printed: by its name, if it is in the folder."""
+    return path.name if path.parent == folder else str(path)
 
 
-def draw_turn(avatar, args, bar):
-    """Draws --frames views of an avatar from all around; a step of the progress bar each."""
-    turn = []
-    for f in range(args.frames):
-        turn.append(draw(avatar, 360 * f / args.frames, args.size))
-        bar.update()
-    return turn
+def mesh_of(avatar, args):
+    """The mesh of an avatar that suits the format of --mesh."""
+    textured = args.mesh.suffix.lower() in meshes.TEXTURED
+    texture = args.texture if textured else 0
+    triangles = args.triangles
+    if texture and not triangles:
+        triangles = meshes.TRIANGLES
+    return meshes.mesh_of(*avatar, triangles=triangles, texture=texture)
 
 
-def beside(pictures):
-    return np.concatenate(pictures, axis=1)
-
-
-def below(pictures):
-    return np.concatenate(pictures, axis=0)
-
-
-def tiled(pictures):
-    """Lays pictures of one size out in about as many rows as columns; gaps are white."""
-    rows = max(1, int(len(pictures) ** 0.5))
-    columns = math.ceil(len(pictures) / rows)
-    missing = -len(pictures) % columns
-    pictures = pictures + [np.full_like(pictures[0], 255)] * missing
-    starts = range(0, len(pictures), columns)
-    return below([beside(pictures[i : i + columns]) for i in starts])
-
-
-def pil_images(images):
-    """Images (B, 3, P, P) in [-1, 1], or None for none, as a list of PIL images."""
-    if images is None:
-        return []
-    pixels = ((images + 1) * 127.5).round().byte()
-    return [Image.fromarray(x) for x in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def frames_for_viewer(turn):
-    """Few frames of a turn, evenly spread, as PIL images."""
-    if len(turn) > VIEWER_FRAMES:
-        turn = [turn[i * len(turn) // VIEWER_FRAMES] for i in range(VIEWER_FRAMES)]
-    return [Image.fromarray(picture) for picture in turn]
-
-
-def draw_grid(turns, portraits, size):
-    """Returns a picture with a row for each turn: its portrait (PIL images; may be none) and the
-    frames that are nearest to SIDES."""
-    rows = []
-    for k, turn in enumerate(turns):
-        row = [turn[round(side / 360 * len(turn)) % len(turn)] for side in SIDES]
-        if portraits:
-            portrait = portraits[k * len(portraits) // len(turns)]
-            row.insert(0, np.asarray(portrait.resize((size, size), Image.LANCZOS)))
-        rows.append(beside(row))
-    return below(rows)
-
-
-def draw_each(folder, avatars, portraits, args):
-    """Draws every avatar as it turns, with its portrait (PIL images; may be none): grid.png,
-    turntables and viewers. Returns the names of what was written."""
-    turns = []
-    with tqdm(total=len(avatars) * args.frames, desc='rendering') as bar:
-        for k, avatar in enumerate(avatars):
-            turn = draw_turn(avatar, args, bar)
-            turns.append(turn)
-
-            field, grid = avatar
-            path = folder / numbered('viewer.html', k)
-            frames = frames_for_viewer(turn)
-            portrait = None
-            if portraits:
-                portrait = portraits[k * len(portraits) // len(avatars)]
-            export.write_viewer(path, field.planes, field.decoder, grid, frames, portrait)
-
-    overview = draw_grid(turns, portraits, args.size)
-    export.save_image(folder / 'grid.png', Image.fromarray(overview))
-    frames = [tiled(list(pictures)) for pictures in zip(*turns)]
-    return ['grid.png', *export.save_animation(folder, frames), 'viewer.html']
-
-
-def draw_passage(folder, avatars, args):
-    """Draws how one avatar becomes another: strip.png, with front and side of each, and a
-    turntable along the way. Returns the names of what was written."""
-    total = len(avatars) * len(STRIP) + args.frames
-    with tqdm(total=total, desc='rendering') as bar:
-
-        def drawn(avatar, azimuth):
-            bar.update()
-            return draw(avatar, azimuth, args.size)
-
-        rows = [beside([drawn(avatar, side) for avatar in avatars]) for side in STRIP]
-        export.save_image(folder / 'strip.png', Image.fromarray(below(rows)))
-
-        frames = []
-        for f in range(args.frames):
-            avatar = avatars[f * len(avatars) // args.frames]
-            frames.append(drawn(avatar, 360 * f / args.frames))
-    return ['strip.png', *export.save_animation(folder, frames)]
+def write_shapes(folder, avatars, args):
+    """Writes the meshes and splats that are asked for; returns their paths."""
+    written = []
+    for k, avatar in enumerate(avatars):
+        if args.mesh:
+            path = place_of(folder, args.mesh, k)
+            written += meshes.write_mesh(path, mesh_of(avatar, args), args.height)
+        if args.splats:
+            path = place_of(folder, args.splats, k)
+            written += splats.write_splats(path, splats.splats_of(*avatar))
+    return written
 
 
 # The stages of the work ---------------------------------------------------------------------------
@@ -394,8 +406,24 @@ def main(args):
     if args.refine is None:
         args.refine = models['base'].config.likeness_steps
 
-    # The portraits, of words where they are asked for.
-    folder = args.out / name_of(args, paths)
+    # One run at a time writes to a folder.
+    folder = folder_of(args, paths)
+    made_with = {'source': source_of(args, paths)}
+    for kind, model in models.items():
+        made_with[kind] = model.fingerprint
+    with running.claim(folder) as mine:
+        if not mine:
+            rh.stop(f'{folder}: another process is writing to it; give another --name')
+        running.remove_all_leftovers(folder)
+        make(args, models, paths, folder, made_with)
+
+
+def make(args, models, paths, folder, made_with):
+    """Makes the avatars of portraits, or of --prompt, and writes all there is of them."""
+    config = models['upsample'].config
+    device = next(models['base'].parameters()).device
+    old_mesh = before(folder).get('mesh')
+    states = states_of(folder)
     if args.prompt is not None:
         paths = [draw_prompt(args, folder, device)]
     given = read_portraits(paths, config.portrait, args, folder)
@@ -408,30 +436,36 @@ def main(args):
     print(f'{len(sampled.planes)} avatar(s) sampled in {seconds:.1f} s')
 
     # What the models saw, and what they made of it.
-    portraits = pil_images(sampled.images)
+    portraits = pictures.pil_images(sampled.images)
     for k, image in enumerate(portraits):
-        export.save_image(folder / numbered('portrait.png', k), image)
+        export.save_image(folder / export.numbered('portrait.png', k), image)
     content = {
         'planes': sampled.planes.cpu().half(),
         'low': sampled.low.cpu().half(),
         'seed': args.seed,
         'refine': args.refine,
         'config': vars(config),
+        'mesh': args.mesh and str(args.mesh),
+        'made_with': made_with,
     }
     running.write_checkpoint(folder / 'planes.pt', 'avatars', content)
 
-    # Meshes, and pictures from all around.
+    # Pictures first, which take the least time, and the turntable last.
     decoder = models['decoder']
-    avatars = [avatar_of(planes, decoder, config) for planes in sampled.planes]
-    if args.mesh:
-        for k, avatar in enumerate(avatars):
-            mesh = export.mesh_of(*avatar, triangles=args.triangles)
-            export.write_mesh(folder / numbered(args.mesh, k), mesh)
+    avatars = [pictures.avatar_of(planes, decoder, config) for planes in sampled.planes]
+    turns = [pictures.Turn(avatar, args.size) for avatar in avatars]
     if args.interpolate:
-        written = draw_passage(folder, avatars, args)
+        written = pictures.write_strip(folder, turns)
     else:
-        written = draw_each(folder, avatars, portraits, args)
-    print(f'written to {folder}: {", ".join(written)}, planes.pt')
+        written = pictures.write_grid(folder, turns, portraits)
+        written += pictures.write_viewers(folder, turns, portraits, args.frames)
+    shapes = write_shapes(folder, avatars, args)
+    with tqdm(total=args.frames, desc='turntable') as bar:
+        write = pictures.write_passage if args.interpolate else pictures.write_turntable
+        written += write(folder, turns, args.frames, bar)
+    remove_old(folder, states, old_mesh)
+    names = [*written, 'planes.pt', *(name_in(folder, path) for path in shapes)]
+    print(f'written to {folder}: {", ".join(names)}')
 
 
 def parse(argv=None):
@@ -521,12 +555,34 @@ def parse(argv=None):
         '--mesh',
         type=Path,
         metavar='FILE',
-        help='a mesh too: .glb (Y up), .ply or .obj (Z up), in the unit cube [-1, 1]^3',
+        help='a mesh too: .glb (Y up), .obj, .ply (Z up), in the unit cube [-1, 1]^3, or .stl; '
+        'a bare name goes where the rest goes',
     )
     p.add_argument(
         '--triangles',
         type=int,
-        help='at most about this many in the mesh (default: all, some 300,000)',
+        help='at most about this many in the mesh '
+        '(default: 10,000 with a texture, else all, some 200,000)',
+    )
+    p.add_argument(
+        '--texture',
+        type=int,
+        default=meshes.TEXTURE,
+        metavar='TEXELS',
+        help='a side, of the texture of .glb and .obj; 0: coloured vertices (default: 1024)',
+    )
+    p.add_argument(
+        '--height',
+        type=float,
+        default=meshes.HEIGHT,
+        metavar='MM',
+        help='of the .stl, for printing (default: 100 mm)',
+    )
+    p.add_argument(
+        '--splats',
+        type=Path,
+        metavar='FILE',
+        help='3D Gaussians too: .ply (Z up) or .glb (Y up, KHR_gaussian_splatting)',
     )
     p.add_argument('--name', help="folder in --out (default: the portrait's name)")
     p.add_argument('--out', type=Path, default=Path('samples'))

@@ -3,64 +3,42 @@
 An avatar is a folder in the format of NeRF-synthetic (Blender) or instant-ngp: a transforms*.json
 with one frame an image, and RGB or RGBA images beside it. Poses are camera-to-world matrices with
 Blender/OpenGL axes, in a world of the files' own; `read_box` finds the cube that holds the avatar,
-and `load_views` maps it to [-1, 1]^3.
+and `load_views` maps it to [-1, 1]^3 with Z up.
 
-Everything that comes from a file is checked here, so that the rest of the program can trust it.
-What cannot be used ends the program in one line that names the file and says what to do.
+Everything that comes from a file is checked, here and in the modules that this one is made of, so
+that the rest of the program can trust it: transforms.py reads the JSON, lenses.py the cameras,
+images.py the pixels. What cannot be used ends the program in one line that names the file and says
+what to do.
 """
 import contextlib
-import json
+import functools
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 import rodinhd as rh
+from images import MAX_PIXELS, SUFFIXES, open_image, open_posed, reduced, resized, same_shape
+from lenses import read_intrinsics, read_lens, read_size, undistort
+from transforms import (
+    TRAIN,
+    WHOLE,
+    check_cameras,
+    count_frames,  # noqa: F401  # for others, who know this module alone
+    frames_of,
+    nearest_to_axes,
+    read_frames,
+    read_matrix,
+    read_transforms,  # noqa: F401
+)
 
-MAX_PIXELS = 64 * 2 ** 20               # larger images are not decoded
-MAX_JSON = 64 * 2 ** 20                 # longer files, in bytes, are not parsed
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
-WHOLE = 'transforms.json'
-TRAIN = 'transforms_train.json'
-
-
-# Images -------------------------------------------------------------------------------------------
-def open_image(path):
-    """Decodes an image file of any kind to an upright RGBA PIL image.
-
-    Stops with one line where the file is missing, damaged, not an image, or too large.
-    """
-    # PIL would only warn of a large image. The check below refuses it before it is decoded.
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                rh.stop(
-                    f'{path}: {image.width} x {image.height} pixels are too many; '
-                    'scale the image down to at most 8192 x 8192'
-                )
-            return upright_rgba(image)
-    except FileNotFoundError:
-        rh.stop(f'{path}: there is no such image')
-    except Exception as error:          # PIL raises many types on damaged files
-        lines = str(error).splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        rh.stop(f'{path}: not a readable image ({reason})')
-
-
-def upright_rgba(image):
-    """Turns a PIL image as its EXIF orientation says and converts it to 8-bit RGBA."""
-    return ImageOps.exif_transpose(image).convert('RGBA')
-
-
-def reduced(image, factor):
-    """Shrinks an RGBA PIL image by an integer factor; each pixel is the mean of a block."""
-    # Premultiplied meanwhile, so that the colours of transparent pixels do not bleed.
-    return image.convert('RGBa').reduce(factor).convert('RGBA')
+IMAGE_SUFFIXES = SUFFIXES
+OTHER_SUFFIXES = ('.heic', '.heif')  # of portraits; opening them says what is missing
 
 
 # Portraits ----------------------------------------------------------------------------------------
@@ -69,16 +47,24 @@ def read_portrait(path, size):
 
     Returns rgb (3, size, size) in [-1, 1], not premultiplied, and alpha (1, size, size) in 0..1.
     """
-    image = open_image(path)
+    return as_portrait(path, open_image(path), size)
+
+
+def as_portrait(path, image, size):
+    """Makes of an RGBA PIL image what read_portrait returns."""
     if min(image.size) < 16:
         rh.stop(
             f'{path}: {image.width} x {image.height} pixels are too few for a portrait; '
             'give at least 16 x 16'
         )
+    # The square must stay below the limit, too.
+    longest = max(image.size)
+    if longest ** 2 > MAX_PIXELS:
+        scale = max(size, 2048) / longest
+        image = resized(image, [max(1, round(side * scale)) for side in image.size])
     square = Image.fromarray(squared(np.asarray(image)))
 
-    # Premultiplied meanwhile, as in `reduced`.
-    square = square.convert('RGBa').resize((size, size), Image.LANCZOS).convert('RGBA')
+    square = resized(square, (size, size))
     rgba = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
     return rgba[:3] * 2 - 1, rgba[3:]
 
@@ -101,168 +87,41 @@ def portrait_on_white(rgb, alpha):
     return rgb * alpha + 1 - alpha
 
 
-# Transforms files ---------------------------------------------------------------------------------
-def read_transforms(path):
-    """Reads a transforms*.json and returns its dict.
-
-    Each of meta['frames'] then has `transform_matrix`, a finite float32 array (4, 4), and `path`,
-    an image file in the JSON's folder.
-    """
-    meta = read_json(path)
-    frames = meta.get('frames') if isinstance(meta, dict) else None
-    if not isinstance(frames, list) or not frames:
-        rh.stop(
-            f'{path}: has no frames; expected a list of '
-            '{"file_path", "transform_matrix"} under "frames"'
-        )
-    for i, frame in enumerate(frames):
-        if not isinstance(frame, dict) or not isinstance(frame.get('file_path'), str):
-            rh.stop(f'{path}: frame {i} has no file_path')
-        frame['transform_matrix'] = read_matrix(frame, f'{path}: transform_matrix of frame {i}')
-        frame['path'] = find_image(Path(path), frame['file_path'])
-    return meta
-
-
-def read_json(path):
-    """Parses the JSON file of an avatar; stops where that is not possible."""
-    try:
-        too_long = Path(path).stat().st_size > MAX_JSON
-        # An empty text is no JSON either, so a file that is too long ends in the same line.
-        text = '' if too_long else Path(path).read_text(encoding='utf-8')
-        return json.loads(text)
-    except FileNotFoundError:
-        rh.stop(
-            f'{path}: there is no such file; an avatar is a folder with '
-            'transforms.json or transforms_train.json'
-        )
-    except (OSError, ValueError, RecursionError) as error:
-        rh.stop(f'{path}: not readable as JSON ({str(error)[:80]})')
-
-
-def read_matrix(frame, where):
-    """Reads the camera-to-world matrix of a frame as a float32 array (4, 4)."""
-    matrix = np.zeros(0)
-    with contextlib.suppress(TypeError, ValueError, ArithmeticError):
-        matrix = np.array(frame.get('transform_matrix'), dtype=np.float32)
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
-        rh.stop(f'{where} is not a finite 4 x 4 matrix')
-    return matrix
-
-
-def find_image(json_path, name):
-    """Finds the image that a file_path means.
-
-    It is relative to the JSON's folder, never outside of it, with or without its extension.
-    """
-    folder = json_path.parent.resolve()
-    path = (folder / name.replace('\\', '/')).resolve()
-    if not path.is_relative_to(folder):
-        rh.stop(f'{json_path}: file_path {name!r} leaves the folder of the avatar')
-    for suffix in ('', *IMAGE_SUFFIXES):
-        image = path.with_name(path.name + suffix)
-        if image.is_file():
-            return image
-    rh.stop(f'{json_path}: image {name!r} is missing')
-
-
-def read_frames(folder, split):
-    """Returns the dict of a transforms file and its frames of `split`, 'train' or 'test'.
-
-    A lone transforms.json gives every eighth frame, from the fifth on, to the test. A folder with
-    named splits may lack the test; it then has no frames.
-    """
-    named = Path(folder) / f'transforms_{split}.json'
-    if named.is_file():
-        meta = read_transforms(named)
-        return meta, meta['frames']
-    if named.with_name(TRAIN).is_file():
-        return {'frames': []}, []
-
-    meta = read_transforms(named.with_name(WHOLE))
-    held_out = split == 'test'
-    return meta, [f for i, f in enumerate(meta['frames']) if (i % 8 == 4) == held_out]
-
-
-# Intrinsics ---------------------------------------------------------------------------------------
-def read_intrinsics(meta, frame, width, height, where):
-    """Reads (fx, fy, cx, cy) in pixels of an image that has width x height pixels.
-
-    Values of the frame come before those of the file. The size that is written there, if any, must
-    be the image's own. `where` begins the messages.
-    """
-    values = {**meta, **frame}
-    try:
-        w, h = read_size(values, width, height)
-        fx, fy = read_focal_lengths(values, w, h)
-        cx, cy = read_principal_point(values, w, h)
-    except KeyError:
-        rh.stop(f'{where}: gives neither camera_angle_x nor fl_x')
-    except (TypeError, ValueError, ArithmeticError):
-        rh.stop(f'{where}: camera_angle_x, fl_x, fl_y, cx, cy, w and h must be numbers')
-
-    if not all(map(math.isfinite, (fx, fy, cx, cy))) or fx <= 0 or fy <= 0:
-        rh.stop(f'{where}: the focal length must be positive and finite, not {fx}, {fy}')
-    if (w, h) != (width, height):
-        name = frame['path'].name
-        rh.stop(f'{where}: says {w:g} x {h:g} pixels, but {name} has {width} x {height}')
-    return fx, fy, cx, cy
-
-
-def read_size(values, width, height):
-    """Reads the size that the intrinsics are meant for; by default it is the image's."""
-    return float(values.get('w', width)), float(values.get('h', height))
-
-
-def read_focal_lengths(values, w, h):
-    """Reads fx and fy; pixels are square where nothing is said of y. KeyError without an x."""
-    fx = read_focal_length(values, 'x', w)
-    if 'fl_y' in values or 'camera_angle_y' in values:
-        return fx, read_focal_length(values, 'y', h)
-    return fx, fx
-
-
-def read_focal_length(values, axis, side):
-    """Reads a focal length in pixels, or works it out from the field of view in radians."""
-    if f'fl_{axis}' in values:
-        return float(values[f'fl_{axis}'])
-    angle = float(values[f'camera_angle_{axis}'])
-    return side / 2 / math.tan(angle / 2)
-
-
-def read_principal_point(values, w, h):
-    """Reads cx and cy; by default they are the centre of the image."""
-    return float(values.get('cx', w / 2)), float(values.get('cy', h / 2))
-
-
 # Views --------------------------------------------------------------------------------------------
 def load_views(folder, split, box, downscale=1, most=None, pick=None):
     """Loads the posed images of a split as rh.Views; None where the split is empty.
 
-    The box (centre, half side) of `read_box` becomes [-1, 1]^3. Images are shrunk by the integer
-    `downscale`. `most` and `pick` select frames: see `some_frames`.
+    The box (centre, half side) of `read_box` becomes [-1, 1]^3, with Z up. Images are shrunk by the
+    integer `downscale`. `most` and `pick` select frames: see `some_frames`.
     """
     meta, frames = read_frames(folder, split)
     where = f'{folder}: {split} set'
-    views = []
-    for frame in some_frames(frames, most, pick):
-        view = read_view(meta, frame, downscale, where)
-        height, width = view.image.shape[:2]
-        if views and view.image.shape != views[0].image.shape:
-            rh.stop(f'{frame["path"]}: {width} x {height}; other views have another size')
-        views.append(view)
+    views = [read_view(meta, f, downscale, where) for f in some_frames(frames, most, pick)]
     if not views:
         return None
 
+    views = of_one_size(views, where)
     images = torch.from_numpy(np.stack([view.image for view in views]))
     matrices = torch.from_numpy(np.stack([view.c2w for view in views]))
     intrinsics = torch.tensor([view.intrinsics for view in views])
-    has_alpha = bool((images[..., 3] < 255).any())
-    return rh.Views(images, into_box(matrices, box), intrinsics, has_alpha)
+    unknown = None
+    faint = images[..., 3] <= rh.FAINT
+    if any(view.unknown is not None for view in views):
+        unknown = torch.from_numpy(np.stack([known_or_not(view) for view in views]))
+        faint &= ~unknown
+
+    c2w = into_box(matrices, box, world_turn(folder))
+    views = rh.Views(images, c2w, intrinsics, bool(faint.any()), unknown)
+    if split == 'train' and pick is None:
+        check_surroundings(views, folder)
+        if most is None:
+            check_silhouettes(views, frames, folder)
+    return views
 
 
 def some_frames(frames, most, pick):
     """Selects the frame number `pick`, or `most` evenly spread frames, or all of them."""
-    if pick is not None:
+    if pick is not None and frames:
         frames = [frames[pick % len(frames)]]
     if most and len(frames) > most:
         frames = [frames[i * len(frames) // most] for i in range(most)]
@@ -271,31 +130,224 @@ def some_frames(frames, most, pick):
 
 class View(NamedTuple):
     """Holds one frame as its files give it, checked."""
-    image: np.ndarray                   # (H, W, 4) uint8, straight alpha
-    c2w: np.ndarray                     # (4, 4) float32, in the files' world
-    intrinsics: list                    # fx, fy, cx, cy in pixels of `image`
+    image: np.ndarray  # (H, W, 4) uint8, straight alpha
+    unknown: np.ndarray | None  # (H, W) bool: masked pixels
+    c2w: np.ndarray  # (4, 4) float64, in the files' world
+    intrinsics: list  # fx, fy, cx, cy in pixels of `image`
+
+
+def known_or_not(view):
+    """View.unknown as an array, where there are no masks, too."""
+    if view.unknown is None:
+        return np.zeros(view.image.shape[:2], bool)
+    return view.unknown
 
 
 def read_view(meta, frame, downscale, where):
     """Reads the image and the camera of a frame, shrunk by `downscale`."""
-    image = open_image(frame['path'])
+    image = open_posed(frame['path'], read_size(meta, frame, where))
     intrinsics = read_intrinsics(meta, frame, *image.size, where)
+    lens = read_lens(meta, frame, where)
+    image, unknown = with_masks(image, frame)
+    if lens:
+        pixels, unknown = undistort(np.asarray(image), unknown, lens, intrinsics, where)
+        image = Image.fromarray(pixels)
     if downscale > 1:
         image = reduced(image, downscale)
+        if unknown is not None:
+            unknown = np.asarray(Image.fromarray(255 * unknown.astype(np.uint8)).reduce(downscale))
+            unknown = unknown > 0
     in_pixels = [value / downscale for value in intrinsics]
-    return View(np.asarray(image), frame['transform_matrix'], in_pixels)
+    return View(np.asarray(image), unknown, frame['transform_matrix'], in_pixels)
 
 
-def into_box(matrices, box):
+def with_masks(image, frame):
+    """Applies the files beside an image, and returns it and its unknown pixels (H, W) or None.
+
+    These are what mask_path leaves black, as nerfstudio has it, and what instant-ngp's
+    dynamic_mask_*.png leaves white. Its *.alpha.* holds an alpha channel.
+    """
+    if frame['alpha']:
+        level = np.asarray(beside(frame['alpha'], image)) / 255
+        linear = np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+        image.putalpha(Image.fromarray((255 * linear).round().astype(np.uint8)))
+
+    shares = []  # of each pixel that is known, 0..255
+    if frame['mask']:
+        share = np.asarray(beside(frame['mask'], image))
+        shares.append(255 * share if share.max() == 1 else share)
+    if frame['moving']:
+        shares.append(255 - np.asarray(beside(frame['moving'], image)))
+    if not shares:
+        return image, None
+
+    share = np.minimum.reduce(shares)
+    pixels = np.array(image)
+    pixels[..., 3] = np.minimum(pixels[..., 3], share)
+    return Image.fromarray(pixels), share < 255 - rh.FAINT
+
+
+def beside(path, image):
+    """Opens a mask that belongs to an image, in grey and of its size."""
+    mask = open_posed(path, image.size)
+    if not same_shape(mask.size, image.size):
+        rh.stop(
+            f'{path}: this mask has {mask.width} x {mask.height} pixels, '
+            f'its image {image.width} x {image.height}'
+        )
+    if mask.getchannel('A').getextrema()[0] < 255:  # drawn by its alpha, or on transparent ground
+        mask = Image.alpha_composite(Image.new('RGBA', mask.size, 'black'), mask)
+    mask = mask.convert('L')
+    return mask if mask.size == image.size else mask.resize(image.size, Image.NEAREST)
+
+
+def of_one_size(views, where):
+    """Scales views to the size that most of them have, the larger of several such.
+
+    Those of other proportions are padded with unknown pixels.
+    """
+    sizes = [view.image.shape[1::-1] for view in views]
+    if len(set(sizes)) == 1:
+        return views
+    width, height = max(set(sizes), key=lambda size: (sizes.count(size), size[0] * size[1]))
+    others = len(sizes) - sizes.count((width, height))
+    rh.note(
+        f'{where}: {others} of {len(views)} images have another size than {width} x {height} and '
+        'are scaled to it, with their intrinsics'
+    )
+    return [onto_canvas(view, width, height) for view in views]
+
+
+def onto_canvas(view, width, height):
+    """Scales a View to fit into an image of a size, in the proportions that it has."""
+    h, w = view.image.shape[:2]
+    if (w, h) == (width, height):
+        return view
+    size = (width, height)
+    if not same_shape((w, h), size):
+        scale = min(width / w, height / h)
+        size = (max(1, round(w * scale)), max(1, round(h * scale)))
+
+    image = Image.new('RGBA', (width, height))
+    image.paste(resized(Image.fromarray(view.image), size))
+    unknown = np.ones((height, width), bool)
+    unknown[:size[1], :size[0]] = False
+    if view.unknown is not None:
+        mask = Image.fromarray(255 * view.unknown.astype(np.uint8)).resize(size, Image.BILINEAR)
+        unknown[:size[1], :size[0]] = np.asarray(mask) > 0
+
+    x, y = size[0] / w, size[1] / h
+    intrinsics = [value * by for value, by in zip(view.intrinsics, (x, y, x, y), strict=True)]
+    return View(np.asarray(image), unknown if unknown.any() else None, view.c2w, intrinsics)
+
+
+def into_box(matrices, box, turn=None):
     """Maps cameras (V, 4, 4) of the files' world to the one in which the box is [-1, 1]^3.
 
-    Axes get unit length, since some files put a scale into their matrices.
+    Axes get unit length, since some files put a scale into their matrices. The world is turned by
+    the rotation `turn` (3, 3), if any. Doubles hold places far from the origin, as of maps, until
+    the box is taken off.
     """
     centre, half = box
-    c2w = matrices.clone()
-    c2w[:, :3, :3] = F.normalize(matrices[:, :3, :3], dim=1)
-    c2w[:, :3, 3] = (matrices[:, :3, 3] - centre) / half
+    c2w = matrices.float()
+    c2w[:, :3, :3] = F.normalize(c2w[:, :3, :3], dim=1)
+    c2w[:, :3, 3] = ((matrices[:, :3, 3].double() - centre.double()) / half).float()
+    c2w[:, 3] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    if turn is not None:
+        c2w[:, :3] = (torch.from_numpy(turn) @ c2w[:, :3].double()).float()
     return c2w
+
+
+def check_surroundings(views, folder):
+    """Tells that an avatar has no silhouette, unless its images have a white ground."""
+    if views.has_alpha:
+        return
+    height, width = views.images.shape[1:3]
+    border = torch.ones(height, width, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    known = border.expand(len(views.images), height, width)
+    if views.unknown is not None:
+        known = known & ~views.unknown
+    white = (views.images[known][:, :3] >= 250).all(1)
+    if not len(white):
+        rh.note(
+            f'{folder}: masks hide all that surrounds the avatar, and what they hide is unknown, '
+            'not empty, so there is no silhouette; where it is empty, give RGBA images'
+        )
+    elif white.float().mean() < 0.9:
+        rh.note(
+            f'{folder}: no image has transparent pixels, so there is no silhouette, and what '
+            'surrounds the avatar is fitted into its box, badly; cut it out (RGBA images)'
+        )
+
+
+def check_silhouettes(views, frames, folder):
+    """Stops where the silhouettes of all views have no point of the box in common."""
+    if not views.has_alpha or len(views.images) < 3:
+        return
+    outlines = views.outlines()
+    for image, frame in zip(outlines, frames, strict=True):
+        if not (image[..., 3] > rh.FAINT).any():
+            rh.stop(f'{frame["path"]}: this view is fully transparent; take its frame away')
+
+    # Shrunk by the maximum of blocks, silhouettes only grow.
+    factor = max(1, max(outlines.shape[1:3]) // 96)
+    alpha = F.max_pool2d(outlines[..., 3].float(), factor, ceil_mode=True)
+    small = alpha[..., None].expand(*alpha.shape, 4).byte()
+    hull = rh.visual_hull(rh.Views(small, views.c2w, views.intrinsics / factor, True), 24, 0.25)
+    if not hull.any():
+        rh.stop(
+            f'{folder}: the silhouettes of the views have no point in common in the box; are the '
+            'camera poses right (camera-to-world, x right, y up, looking along -z), and aabb?'
+        )
+
+
+# Which way is up ----------------------------------------------------------------------------------
+def world_turn(folder):
+    """Returns the rotation (3, 3) of the files' world that puts Z up; None where it is up."""
+    path, _, numbered = frames_of(folder, 'train')
+    matrices = []
+    for i, frame in numbered:
+        if frame.get('transform_matrix') is not None:
+            matrices.append(read_matrix(frame, f'{path}: transform_matrix of frame {i}'))
+    up = up_axis(np.stack(matrices)) if matrices else None
+    if up is None or up[2] > math.cos(math.radians(15)):
+        return None
+
+    # Cameras are rarely level to the degree: an axis of the world is meant where one is near.
+    nearest = int(np.abs(up).argmax())
+    name = 'a slanting line'
+    if abs(up[nearest]) > math.cos(math.radians(15)):
+        up = np.eye(3)[nearest] * np.sign(up[nearest])
+        name = f'{"+" if up[nearest] > 0 else "-"}{"XYZ"[nearest]}'
+    rh.note(f'{folder}: up is along {name} by its cameras; the world is turned to have Z up')
+    return turn_to_z(up)
+
+
+def up_axis(matrices):
+    """Finds the direction (3,) that is up for cameras (V, 4, 4); None where they do not tell.
+
+    The x axes of cameras that are held level are all normal to it.
+    """
+    lengths = np.linalg.norm(matrices[:, :3, :3], axis=1)[:, None]
+    axes = matrices[:, :3, :3] / np.maximum(lengths, 1e-9)
+    mean = axes[..., 1].mean(0)
+    spread, directions = np.linalg.eigh(axes[..., 0].T @ axes[..., 0] / len(axes))
+    up = directions[:, 0]
+    clear = spread[0] < 0.1 * spread[1] and abs(up @ mean) > 0.2
+    if clear:
+        return up * np.sign(up @ mean)
+    length = np.linalg.norm(mean)
+    return mean / length if length > 0.5 else None
+
+
+def turn_to_z(up):
+    """The smallest rotation (3, 3) that takes the unit vector `up` to Z."""
+    if up[2] < -1 + 1e-9:
+        return np.diag([1.0, -1.0, -1.0])
+    x, y, z = up
+    cross = np.array([[0, 0, -x], [0, 0, -y], [x, y, 0]])
+    return np.eye(3) + cross + cross @ cross / (1 + z)
 
 
 # The box ------------------------------------------------------------------------------------------
@@ -303,94 +355,218 @@ def read_box(folder):
     """Finds the cube that holds the avatar: (centre (3,), half side) in its files' world.
 
     The transforms file may name it by `aabb`, or as instant-ngp does by `scale` and `offset`.
-    Otherwise the images tell it: see `measure_box`.
+    Otherwise the images tell it: see `measure_box`. Cameras must look at it.
     """
     meta, frames = read_frames(folder, 'train')
-    if 'aabb' not in meta and 'scale' not in meta:
+    path = frames_of(folder, 'train')[0]
+    if meta.get('aabb') is None and meta.get('scale') is None:
         matrices = np.stack([frame['transform_matrix'] for frame in frames])
-        return measure_box(folder, torch.from_numpy(matrices))
+        centre = nearest_to_axes(torch.from_numpy(matrices))
+        half = float((torch.from_numpy(matrices[:, :3, 3]) - centre).norm(dim=-1).median())
+        if not 0 < half < 1e12 or not centre.isfinite().all():
+            rh.stop(f'{path}: the cameras look at no common point; are the matrices right?')
+        check_cameras(path, frames, (centre, half / 2))
+        return measure_box(folder, (centre, half))
 
     with contextlib.suppress(TypeError, ValueError, ArithmeticError, RuntimeError):
-        centre, half = box_of_aabb(meta) if 'aabb' in meta else box_of_scale(meta)
-        if centre.shape == (3,) and centre.isfinite().all() and 0 < half < math.inf:
-            return centre, half
+        centre, half = box_of_scale(meta) if meta.get('aabb') is None else box_of_aabb(meta)
+        if centre.shape == (3,) and centre.abs().max() < 1e12 and 1e-12 < half < 1e12:
+            check_cameras(path, frames, (centre, half))
+            turn = world_turn(folder)
+            if turn is not None and meta.get('aabb') is not None:
+                centre, half = box_of_aabb(meta, turn)
+            return in_singles(centre), half
     rh.stop(
         f'{folder}: aabb (or scale and offset) of the transforms file must be '
         'finite numbers that span a box'
     )
 
 
-def box_of_aabb(meta):
-    """Returns the cube around `aabb`: [[x, y, z], [x, y, z]], lowest and highest corner."""
-    lowest, highest = torch.tensor(meta['aabb'], dtype=torch.float32)
-    return (lowest + highest) / 2, float((highest - lowest).max() / 2)
+def in_singles(centre):
+    """A centre in float32 where that holds it; far from the origin it does not."""
+    single = centre.float()
+    return single if torch.equal(single.double(), centre) else centre
+
+
+def box_of_aabb(meta, turn=None):
+    """Returns the cube around `aabb`: [[x, y, z], [x, y, z]], lowest and highest corner.
+
+    Where the world is turned, it is the cube of the turned world.
+    """
+    lowest, highest = torch.tensor(meta['aabb'], dtype=torch.float64)
+    extent = highest - lowest
+    if not (extent >= 0).all():
+        raise ValueError
+    if turn is not None:
+        extent = torch.from_numpy(np.abs(turn)) @ extent
+    return (lowest + highest) / 2, float(extent.max() / 2)
 
 
 def box_of_scale(meta):
     """Returns instant-ngp's cube: scale * x + offset is in the unit cube, times aabb_scale."""
     scale = float(meta['scale'])
-    offset = torch.tensor(meta.get('offset', [0.5] * 3), dtype=torch.float32)
-    return (0.5 - offset) / scale, 0.5 * float(meta.get('aabb_scale', 1)) / scale
+    offset = meta.get('offset')
+    offset = torch.tensor([0.5] * 3 if offset is None else offset, dtype=torch.float64)
+    times = meta.get('aabb_scale')
+    half = 0.5 * float(1 if times is None else times) / scale
+    return (0.5 - offset) / scale, half
 
 
-def measure_box(folder, c2w):
-    """Finds the cube of `read_box` from the cameras (V, 4, 4) and the silhouettes.
+def measure_box(folder, guess):
+    """Finds the cube of `read_box` from the silhouettes.
 
     The first guess is the cube around the point nearest to all optical axes, as wide as the cameras
     are far. The visual hull in it tells the extent, to which 4 % are added. Without alpha there is
     no hull; then 0.6 of the guess stay, which lie inside the cameras.
     """
-    G = 64                              # cells a side
-    centre = nearest_to_axes(c2w)
-    half = float((c2w[:, :3, 3] - centre).norm(dim=-1).median())
+    G = 64  # cells a side
+    centre, half = guess
+    turn = world_turn(folder)
+    back = torch.eye(3) if turn is None else torch.from_numpy(turn).T
 
     # The second pass measures in the box of the first one, where cells are finer.
     for _ in range(2):
         views = load_views(folder, 'train', (centre, half), most=24)
         if not views.has_alpha:
-            return centre, 0.6 * half
-        cells = rh.visual_hull(views, G, seen_by=0.5).nonzero().float()     # (cells, 3)
+            return in_singles(centre), 0.6 * half
+        cells = rh.visual_hull(views, G, seen_by=0.5).nonzero().float()  # (cells, 3)
         if not len(cells):
             rh.stop(
                 f'{folder}: the silhouettes of the views have no point in common; '
-                'are the camera poses right?'
+                'are the camera poses right (camera-to-world, x right, y up, looking along -z)?'
             )
-        lowest = cells.amin(0) / (G // 2) - 1                               # in [-1, 1]^3
+        lowest = cells.amin(0) / (G // 2) - 1  # in [-1, 1]^3
         highest = (cells.amax(0) + 1) / (G // 2) - 1
         widest = float((highest - lowest).max())
-        centre = centre + half * (lowest + highest) / 2
+        middle = (lowest + highest) / 2
+        centre = centre + half * (back.double() @ middle.double())
         half = half * min(1.0, 1.04 * widest / 2)
-    return centre, half
-
-
-def nearest_to_axes(c2w):
-    """Finds the point (3,) that is nearest to the optical axes of cameras (V, 4, 4)."""
-    axis = F.normalize(c2w[:, :3, 2], dim=-1)
-    position = c2w[:, :3, 3]
-
-    # In the least squares: with P, which projects onto the plane that is normal to an axis, the
-    # point x solves sum(P) x = sum(P position).
-    project = torch.eye(3) - axis[:, :, None] * axis[:, None]
-    projected = project @ position[..., None]
-    return torch.linalg.lstsq(project.sum(0), projected.sum(0)).solution[:, 0]
+    return in_singles(centre), half
 
 
 # Folders ------------------------------------------------------------------------------------------
-def portrait_path(folder):
-    """Finds the portrait of an avatar: portrait.* where there is one, else a frontal view.
+def portrait_of(folder, size):
+    """Reads the portrait of an avatar as read_portrait does.
 
-    That is the training view whose camera stands most in front: level, its z axis along -Y.
+    A training view is seen as its camera is said to see it, and upright by its pose.
     """
-    for suffix in IMAGE_SUFFIXES:
+    path = own_portrait(folder)
+    if path is not None:
+        return read_portrait(path, size)
+    meta, frames = read_frames(folder, 'train')
+    path = front_path(folder)
+    frame = next(frame for frame in frames if frame['path'] == path)
+    return frame_as_portrait(folder, meta, frame, size)
+
+
+def frame_as_portrait(folder, meta, frame, size):
+    """Makes a portrait, as read_portrait does, of a training frame of an avatar."""
+    image = read_view(meta, frame, 1, f'{folder}: train set').image
+    turned = np.rot90(image, quarter_turns(frame, world_turn(folder)))
+    return as_portrait(frame['path'], Image.fromarray(np.ascontiguousarray(turned)), size)
+
+
+def quarter_turns(frame, turn):
+    """How often the image of a frame has to be turned by 90 degrees, to the left, to be upright."""
+    axes = frame['transform_matrix'][:3, :3]
+    up = (axes if turn is None else turn @ axes)[2]  # along x, y and z of the camera
+    if np.hypot(up[0], up[1]) < 0.3 * np.linalg.norm(up):
+        return 0  # it looks straight down
+    return round(math.atan2(up[0], up[1]) / (math.pi / 2))
+
+
+def portrait_path(folder):
+    """Finds the portrait of an avatar: portrait.* where there is one, else a frontal view."""
+    return own_portrait(folder) or front_path(folder)
+
+
+def own_portrait(folder):
+    """Finds portrait.* of an avatar, or None."""
+    suffixes = (*IMAGE_SUFFIXES, *OTHER_SUFFIXES)
+    for suffix in suffixes:
         path = Path(folder) / f'portrait{suffix}'
         if path.is_file():
             return path
+    return None
+
+
+def front_path(folder):
+    """Finds the training view that shows most of the face.
+
+    That is the one whose camera stands most in front, level, its z axis along -Y; unless there is
+    no face in it and one in another view.
+    """
+    path, meta, _ = frames_of(folder, 'train')
+    status = os.stat(path)
+    return cached_front(str(folder), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(2 ** 17)
+def cached_front(folder, *_):
+    """See front_path."""
+    meta, frames = read_frames(folder, 'train')
+    turn = world_turn(folder)
 
     def frontal(frame):
-        return -frame['transform_matrix'][1, 2]
+        axis = frame['transform_matrix'][:3, 2] / np.linalg.norm(frame['transform_matrix'][:3, 2])
+        return -(axis if turn is None else turn @ axis)[1]
 
-    _, frames = read_frames(folder, 'train')
-    return max(frames, key=frontal)['path']
+    usual = max(frames, key=frontal)
+    if 'factors' in meta:  # drawn by avatars.py: no detector knows its faces, and -Y is the front
+        found = None
+    else:
+        found = frame_with_face(folder, meta, frames, usual)
+    if found is None:
+        rh.note(
+            f'{Path(folder).parent}: where no portrait.* is, and no face is found in the views '
+            f'(OpenCV), the front is along -Y: {usual["path"].name} and its like'
+        )
+        return usual['path']
+    return found['path']
+
+
+def frame_with_face(folder, meta, frames, usual):
+    """Looks for a face in the usual view, then in others; the frame with one, or None."""
+    def votes(frame):
+        image = read_view(meta, frame, 1, f'{folder}: train set').image
+        turned = np.rot90(image, quarter_turns(frame, world_turn(folder)))
+        return face_votes(Image.fromarray(np.ascontiguousarray(turned)))
+
+    first = votes(usual)
+    if first is None:
+        return None
+    if first >= 15:  # the 176 training avatars of VALID have 19 and more, their backs 9 at most
+        return usual
+    others = some_frames(frames, 24, None)
+    found = [votes(frame) for frame in others]
+    best = int(np.argmax(found))
+    if found[best] < 30:
+        return None
+    rh.note(f'{folder}: the face is in {others[best]["path"].name}, which is its portrait; '
+            'its world is not turned: avatars that are trained on together should look along -Y')
+    return others[best]
+
+
+def face_votes(image):
+    """How many boxes OpenCV's cascades find around one face in an RGBA image; None without them."""
+    try:
+        import cv2
+        cascades = [
+            cv2.CascadeClassifier(f'{cv2.data.haarcascades}haarcascade_frontalface_{name}.xml')
+            for name in ('default', 'alt2')
+        ]
+    except (ImportError, AttributeError):
+        return None
+    white = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('L')
+    scale = 128 / max(white.size)
+    size = [max(1, round(side * scale)) for side in white.size]
+    grey = np.asarray(white.resize(size, Image.LANCZOS)) / 255
+    grey = (255 * grey ** 0.5).astype(np.uint8)  # brighter: dark skin has little contrast
+    votes = 0
+    for cascade in cascades:
+        _, counts = cascade.detectMultiScale2(grey, 1.08, 1, minSize=(20, 20))
+        votes += int(max(np.ravel(counts), default=0))
+    return votes
 
 
 def list_avatars(data):

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -33,6 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import batches
+import provenance
 import rodinhd as rh
 import running
 import scenes
@@ -105,6 +107,7 @@ def image_loss(x_start, patches, config, decoder, distance):
             grid = rh.grid_for(field, config, device, config.patch_grid_updates)
         rgb = rh.render(field, rays_o, rays_d, config.steps, grid).rgb
         ours = rgb.T.reshape(truth.shape)
+        truth = torch.where(patch['known'].to(device), truth, ours.detach())
 
         ours = ours[None] * 2 - 1
         truth = truth[None] * 2 - 1
@@ -134,7 +137,7 @@ def portrait_in_training(item, config):
 
 def prepare_vae(args, config, device, world):
     items = batches.Images(args.data, config)
-    network = rh.VAE(config)
+    network = running.build('vae', config)
     # little noise at first, or the decoder learns to ignore the latent
     network.quant_conv.bias.data[config.vae_latent:] -= 6
     crop = min(config.portrait, 96)
@@ -157,6 +160,12 @@ def prepare_diffusion(args, config, device, world):
     items = batches.Planes(args.fits, args.data, config, low=base)
     vae = running.load_model('vae', args.runs, device)
     decoder = running.load_model('decoder', args.fits, device)
+    items.check_decoder(decoder)
+    if items.missing and dist.is_initialized() and dist.get_rank() == 0:
+        total = len(items) + items.missing
+        print(f'planes of {len(items)} of {total} avatars in {args.data}: '
+              'python fit.py fits the others')
+    items.made_with = {'decoder': decoder.fingerprint, 'vae': vae.fingerprint}
     for path, model, names in (
         (args.runs / 'vae.pt', vae, rh.ENCODER_SETTINGS),
         (args.fits / 'decoder.pt', decoder, ('channels',)),
@@ -167,8 +176,7 @@ def prepare_diffusion(args, config, device, world):
                 rh.stop(f'{path}: is of another preset than {config.preset}: '
                         f'{name} is {theirs}, not {getattr(config, name)}')
 
-    build, _ = running.MODELS[args.stage]
-    network = build(config)
+    network = running.build(args.stage, config)
     learn_prior(network, items, config)
     network.checkpoint = not base and config.resolution > 128  # 512 x 512 do not fit otherwise
     diffusion = rh.diffusion_of(args.stage, config)
@@ -263,16 +271,17 @@ def learning_rate(lr, step, steps, config):
 
 
 def initialise(network, stage, folder):
-    """Begins with the weights of folder/<stage>.pt."""
+    """Begins with the weights of folder/<stage>.pt -> their fingerprint."""
     trained = running.load_model(stage, folder, 'cpu')
     try:
         network.load_state_dict(trained.state_dict())
     except RuntimeError:
         rh.stop(f'{folder}/{stage}.pt: has other sizes than asked for; '
                 f'use --preset {trained.config.preset}, or no --init')
+    return trained.fingerprint
 
 
-def resume(path, settings, network, optimizer, ema, finite, log):
+def resume(path, settings, made_with, network, optimizer, ema, finite, log):
     """Takes up an interrupted run from its state, if any -> the step to begin with.
 
     The log loses what came after that state.
@@ -280,25 +289,46 @@ def resume(path, settings, network, optimizer, ema, finite, log):
     state = {'step': 0, 'settings': settings}
     if path.exists():
         state = running.read_checkpoint(path, path.stem)
-    if names := running.differing(settings, state['settings']):
-        rh.stop(f'{path}: an interrupted run with other settings ({", ".join(names)}); '
-                'delete it to start anew')
+    with running.reading(path, 'delete it to start anew'):
+        if names := running.differing(settings, state['settings']):
+            rh.stop(f'{path}: an interrupted run with other settings ({", ".join(names)}); '
+                    'delete it to start anew')
+        if names := running.differing(made_with, state.get('made_with', {})):
+            rh.stop(f'{path}: an interrupted run that was made with another {" and ".join(names)}; '
+                    'put back what was there, or delete it to start anew')
+        step = int(state['step'])
+        if step > 0:
+            restore(state, network, optimizer, ema, finite)
     if log.exists() and dist.get_rank() == 0:
-        lines = log.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith('\n')]
-        kept = [line for line in whole if json.loads(line)['step'] < state['step']]
+        kept = [line for line in log.read_bytes().splitlines(keepends=True) if is_of(line, step)]
         with running.atomic(log) as temporary:
-            temporary.write_text(''.join(kept))
-    if state['step'] == 0:
-        return 0
+            temporary.write_bytes(b''.join(kept))
+    return step
 
+
+def is_of(line, step):
+    """Whether a line of a log is whole, and of a step before this one. After a power loss there
+    may be anything in it."""
+    try:
+        return line.endswith(b'\n') and json.loads(line)['step'] < step
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def restore(state, network, optimizer, ema, finite):
+    """Puts a run into a state that was saved; where that is of another network, a ValueError,
+    KeyError or RuntimeError."""
     network.load_state_dict(state['model'])
-    optimizer.load_state_dict(state['optimizer'])
+    running.load_optimizer(optimizer, state['optimizer'])
+    if state['ema'].keys() != ema.shadow.keys():
+        raise ValueError('its EMA is of another network')
+    for name, x in state['ema'].items():
+        if x.shape != ema.shadow[name].shape:
+            raise ValueError(f'{name} of the EMA is {tuple(x.shape)}')
     ema.shadow = {n: x.clone().to(ema.shadow[n].device) for n, x in state['ema'].items()}
     ema.updates = state['updates']
     finite.skipped = state['skipped']
     finite.row = state['row']
-    return state['step']
 
 
 def write_picture(path, image):
@@ -319,8 +349,11 @@ def train(args, config, rank, world, device):
 
     prepare = {'vae': prepare_vae, 'lora': words.prepare_lora}.get(args.stage, prepare_diffusion)
     data, network, loss_of, picture = prepare(args, config, device, world)
+    made_with = data.items.made_with
+    if made_with:
+        made_with['planes'] = provenance.of_files(data.items.paths)
     if args.init:
-        initialise(network, args.stage, args.init)
+        made_with['init'] = initialise(network, args.stage, args.init)
     network.to(device)
     ema = running.EMA(network, config.ema)
     finite = rh.Finite(args.stage)
@@ -329,16 +362,16 @@ def train(args, config, rank, world, device):
     # Go on with an interrupted run, if it was the same run
     state_path = args.runs / f'{args.stage}-state.pt'
     log = args.runs / f'{args.stage}.jsonl'
-    names = '\n'.join(Path(path).parent.name + Path(path).name for path in data.items.paths)
+    names = '\n'.join(data.items.names())
     settings = {
         **vars(config),
         'batch': batch,
         'seed': args.seed,
         'bf16': bf16,
-        'data': zlib.crc32(names.encode()),
+        'data': zlib.crc32(names.encode(errors='surrogateescape')),
         'init': args.init and str(args.init),
     }
-    begin = resume(state_path, settings, network, optimizer, ema, finite, log)
+    begin = resume(state_path, settings, made_with, network, optimizer, ema, finite, log)
 
     if args.compile:
         network.compile()
@@ -376,9 +409,11 @@ def train(args, config, rank, world, device):
                 file.write(json.dumps({'step': step, **values}) + '\n')
 
         if rank == 0 and ((step + 1) % max(args.save_every, 1) == 0 or last):
-            write_weights(args, config, network, ema, step + 1)
+            running.synchronise(log)
+            write_weights(args, config, network, ema, step + 1, made_with)
             running.write_checkpoint(state_path, state_path.stem, {
                 'settings': settings,
+                'made_with': made_with,
                 'step': step + 1,
                 'ema': ema.shadow,
                 'updates': ema.updates,
@@ -395,13 +430,13 @@ def train(args, config, rank, world, device):
     dist.barrier()
 
 
-def write_weights(args, config, network, ema, step):
+def write_weights(args, config, network, ema, step, made_with):
     """Writes what a stage is for: a model, or a LoRA."""
     if args.stage == 'lora':
         words.write_lora(args.runs / 'lora.safetensors', network, ema.shadow, config.trigger)
     else:
         path = args.runs / f'{args.stage}.pt'
-        running.write_model(path, args.stage, config, ema.shadow, step)
+        running.write_model(path, args.stage, config, ema.shadow, step, made_with=made_with)
 
 
 def main(args):
@@ -414,11 +449,14 @@ def main(args):
         if args.vae:
             encoder = running.load_vae(args.vae, config)
         else:
-            encoder = rh.portrait_encoder(config)
+            encoder = running.build('vae', config)
         running.write_model(args.runs / 'vae.pt', 'vae', config, encoder.state_dict(), 0)
         return
     path = args.runs / f'{args.stage}.pt'
-    claimed = running.claim(path) if rank == 0 else contextlib.nullcontext(True)
+    claimed = contextlib.nullcontext(True)
+    if rank == 0:
+        names = ('-state.pt', '.jsonl', '.png', '.safetensors')
+        claimed = running.claim(path, *(args.runs / f'{args.stage}{name}' for name in names))
     with claimed as mine:
         if not mine:
             rh.stop(f'{path}: another process is training it')
@@ -456,6 +494,8 @@ def parse(argv=None):
     p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE',
                    help='override settings of the preset')
     args = p.parse_args(argv)
+    if not 0 <= args.workers <= 1024 or min(args.log_every, args.save_every) < 0:
+        rh.stop('--workers takes 0 to 1024, --log-every and --save-every at least 0')
     if args.init and args.stage == 'lora':
         p.error('--init: not with --stage lora')
     return args

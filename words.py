@@ -302,8 +302,13 @@ class Captioned(torch.utils.data.Dataset):
     (L,)."""
     def __init__(self, pairs, size, tokenize):
         self.size = size
+        self.made_with = {}  # the captions are among the Settings
         self.paths, self.captions = zip(*pairs)
         self.ids = tokenize(list(self.captions))
+
+    def names(self):
+        """What tells these items from others."""
+        return [Path(path).parent.name + Path(path).name for path in self.paths]
 
     def __len__(self):
         return len(self.paths)
@@ -433,6 +438,9 @@ def write_lora(path, network, state, trigger):
     def save(weights, name):
         save_file(weights, name, metadata={'format': 'pt', 'trigger': trigger})
 
+    for name, x in state.items():
+        if not x.isfinite().all():
+            rh.stop(f'{path}: not written: {name} has NaN or infinite values')
     with running.atomic(path) as temporary, network.holding(state) as unet:
         layers = utils.convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
         StableDiffusionPipeline.save_lora_weights(

@@ -21,15 +21,16 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import export
 import rodinhd as rh
 import running
 import scenes
+from meshes import mesh_of
 
 
 # What figures are made of -------------------------------------------------------------------------
@@ -352,9 +353,12 @@ def meshes(args):
     for name in list(planes)[::max(len(planes) // 3, 1)][:3]:
         field = rh.PlaneField(planes[name].to(args.device), decoder)
         grid = rh.grid_for(field, decoder.config, args.device)
-        mesh = export.mesh_of(field, grid, triangles=20000)
+        mesh = mesh_of(field, grid, triangles=20000)
 
-        volume, surface, psnrs, overlaps = [], [], [], []
+        volume = []
+        surface = []
+        psnrs = []
+        overlaps = []
         for azimuth in (0, 90, 180, 270):
             camera = camera_at(azimuth, args)
             picture = render(field, grid, camera, decoder.config, args)

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
 
 import rodinhd as rh

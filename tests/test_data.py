@@ -150,15 +150,14 @@ def having(**values):
     (without('frames'), 'no frames'),
     (having(frames=[]), 'no frames'),
     (having(frames=[3]), 'no file_path'),
-    (broken(file_path='r_77'), 'missing'),
     (broken(file_path='../../etc/passwd'), 'leaves the folder'),
     (broken(transform_matrix=[[1, 2], [3, 4]]), 'not a finite 4 x 4'),
     (broken(transform_matrix=[[float('nan')] * 4] * 4), 'not a finite 4 x 4'),
     (broken(transform_matrix='x'), 'not a finite 4 x 4'),
     (without('camera_angle_x'), 'neither camera_angle_x nor fl_x'),
-    (having(camera_angle_x='wide'), 'must be numbers'),
-    (having(fl_x=-3), 'positive and finite'),
-    (having(w=400, h=400), 'says 400 x 400'),
+    (having(camera_angle_x='wide'), 'camera_angle_x must be a finite number'),
+    (having(fl_x=-3), 'must be positive'),
+    (having(w=400, h=300), 'says 400 x 300'),
     (having(aabb=[1, 2, 3]), 'span a box'),
     (having(aabb=[[1, 1, 1], [1, 1, 1]]), 'span a box'),
     (having(scale='big'), 'span a box'),
@@ -176,13 +175,6 @@ def test_bad_json_ends_in_one_line(tmp_path, text):
     (tmp_path / 'transforms.json').write_text(text, encoding='latin-1')
     with pytest.raises(SystemExit, match=r'not readable as JSON|no frames'):
         scenes.read_box(tmp_path)
-
-
-def test_views_of_different_sizes(tmp_path):
-    folder = scene(tmp_path / 'a')
-    Image.new('RGBA', (20, 16)).save(folder / 'r_5.png')
-    with pytest.raises(SystemExit, match='other views have another size'):
-        scenes.load_views(folder, 'train', UNIT_BOX)
 
 
 # Portraits ----------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ ALIKE = (ast.Call, ast.Attribute, ast.Subscript, ast.Name)
 def is_ours(path):
     """Whether a file is of the project, and not of an environment that somebody made in it."""
     parts = path.relative_to(ROOT).parts
-    return 'site-packages' not in parts and not any(part.startswith('.') for part in parts)
+    if 'site-packages' in parts or 'node_modules' in parts:
+        return False
+    return not any(part.startswith('.') for part in parts)
 
 
 FILES = sorted(path for path in ROOT.rglob('*.py') if is_ours(path))

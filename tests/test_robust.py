@@ -50,9 +50,9 @@ def assert_ended_in_one_line(process, beginning, part=''):
     assert err.count('\n') == 1, err
 
 
-def assert_succeeds(process):
-    """Waits for a process, which must succeed."""
-    _, err = process.communicate(timeout=240)
+def assert_succeeds(process, timeout):
+    """Waits at most so many seconds for a process, which must succeed."""
+    _, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err[-2000:]
 
 
@@ -193,7 +193,7 @@ def test_two_ranks_do_the_mathematics_of_one(trained):
     settings = ('base_steps=20', 'base_batch=4')
     train.main(train.parse(training(trained, 'one', 'base', *settings)))
     two_ranks = training(trained, 'two', 'base', *settings)
-    assert_succeeds(start(ROOT / 'train.py', *two_ranks, ranks=2))
+    assert_succeeds(start(ROOT / 'train.py', *two_ranks, ranks=2), timeout=240)
 
     weights = []
     for runs in ('one', 'two'):
@@ -318,7 +318,7 @@ def test_two_fits_on_one_folder_share_the_avatars(trained, tmp_path, tiny):
     command = ['--preset', 'tiny', *folders, '--set']
     both = [start(ROOT / 'fit.py', *command, 'fit_steps=30') for _ in range(2)]
     for process in both:
-        assert_succeeds(process)
+        assert_succeeds(process, timeout=120)
     for name in ('avatar_0000', 'avatar_0001'):
         saved = running.read_checkpoint(tmp_path / f'fits/{name}.pt', 'planes')
         assert saved['planes'].isfinite().all()

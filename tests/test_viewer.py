@@ -1,5 +1,6 @@
 """The viewer in a real headless Chromium: its picture is that of `render`, its controls work."""
 import base64
+import dataclasses
 import io
 import shutil
 
@@ -88,8 +89,10 @@ def viewer(tmp_path_factory):
     return make_viewer(tmp_path_factory.mktemp('viewer') / 'viewer.html', steps=64)
 
 
-def show(browser, path, width=64, height=64, suffix='', **how):
-    """Opens a file -> the page, and a list that gathers its errors and console messages."""
+def show(browser, path, width=64, height=64, suffix='#live', **how):
+    """Opens a file -> the page, and a list that gathers its errors and console messages. It stands
+    still, and with #live it is drawn here, too, at full size."""
+    how.setdefault('reduced_motion', 'reduce')
     page = browser.new_page(viewport={'width': width, 'height': height}, **how)
     messages = []
     page.on('console', lambda message: messages.append(message.text))
@@ -230,3 +233,76 @@ def test_a_phone(browser, tmp_path):
     assert hint['y'] >= stage['y'] + stage['height']
     assert not messages
     page.close()
+
+
+def test_a_decoder_in_a_texture(browser, viewer):
+    """A decoder that is too large for uniforms makes the same picture."""
+    path, view = viewer
+    page, messages = show(browser, path, 32, 32, suffix='#texture')
+    page.wait_for_selector(VIEW_IS_SHOWN, timeout=PATIENCE)
+    assert rh.psnr(picture(page), view(20, 5, 4.0, 32)) > 30
+    assert not messages
+    page.close()
+
+
+def lose_context(page):
+    page.evaluate("""(() => {
+      window.loser = canvas.getContext('webgl2').getExtension('WEBGL_lose_context');
+      loser.loseContext();
+    })()""")
+
+
+def test_lost_contexts_keep_the_camera_and_are_restored_twice(browser, viewer):
+    page, messages = show(browser, viewer[0])
+    page.wait_for_selector(VIEW_IS_SHOWN, timeout=PATIENCE)
+    page.evaluate('turn(30, 10)')
+    for losses in range(1, 6):
+        lose_context(page)
+        page.wait_for_selector('#frame:not([hidden])', timeout=PATIENCE)
+        if losses <= 2:
+            page.wait_for_timeout(100)
+            page.evaluate('loser.restoreContext()')
+            page.wait_for_selector(VIEW_IS_SHOWN, timeout=PATIENCE)
+        else:
+            break
+    page.wait_for_timeout(300)
+    assert page.evaluate('canvas.hidden && frame.naturalWidth') == 32
+    assert page.evaluate('[camera.azimuth, camera.elevation]') == [50, 15]
+    assert page.evaluate("document.getElementById('hint').textContent").endswith('lost: frames')
+    page.close()
+
+
+def test_a_slow_browser_keeps_the_frames(browser, viewer):
+    """At 0.65 ms a pixel, as without a GPU, none is drawn; at 0.01 ms small ones while it moves."""
+    page, messages = show(browser, viewer[0], suffix='#frames')
+    page.wait_for_function("document.getElementById('hint').textContent.includes('frames')")
+    assert page.evaluate('sizes(0.65, 512)') is None
+    assert page.evaluate('sizes(0.01, 512)') == {'moving': 83, 'rest': 200}
+    assert page.evaluate('sizes(1e-5, 2000)') == {'moving': 512, 'rest': 512}
+    assert not messages
+    page.close()
+
+
+def test_it_turns_until_it_is_touched(browser, viewer):
+    page, messages = show(browser, viewer[0], suffix='#frames', reduced_motion='no-preference')
+    page.wait_for_function('camera.azimuth > 21')
+    page.evaluate('turn(0, 0)')
+    page.wait_for_timeout(200)
+    before = page.evaluate('camera.azimuth')
+    page.wait_for_timeout(300)
+    assert page.evaluate('camera.azimuth') == before
+    page.evaluate("document.getElementById('reset').click()")
+    assert page.evaluate('camera.azimuth') == 20
+    assert not messages
+    page.close()
+
+
+def test_a_decoder_of_any_width(tiny):
+    """Its packed weights have zeros where the width does not divide by four."""
+    config = dataclasses.replace(tiny, decoder_width=18)
+    weights, sizes = export.pack_decoder(rh.Decoder(config).requires_grad_(False))
+    assert sizes['HIDDEN'] == 5
+    density = 5 * sizes['DENSITY']
+    first = weights[:20 * density].view(20, density, 4)
+    assert (first[18:] == 0).all()
+    assert (first[:18] != 0).any()

@@ -1,0 +1,147 @@
+"""Avatars as they turn: the grid, the turntable, the strip and the viewer that sample.py writes.
+
+A picture is an array (H, W, 3) uint8.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import export
+import rodinhd as rh
+
+ELEVATION = 5  # of the turntable's camera, degrees
+SIDES = (0, 320, 40, 270, 90, 180)  # azimuths of the grid's views, degrees
+STRIP = (0, 50)  # azimuths of the strip's rows
+VIEWER_FRAMES = 12  # at most
+
+
+class Avatar(NamedTuple):
+    """An avatar to be drawn."""
+
+    field: rh.PlaneField
+    grid: rh.OccupancyGrid
+
+
+def avatar_of(planes, decoder, config):
+    """Makes planes (3, C, R, R) an Avatar. Haze is not drawn: the threshold is the paper's."""
+    field = rh.PlaneField(planes, decoder)
+    threshold = 10 * config.steps / 1024
+    return Avatar(field, rh.grid_for(field, config, planes.device, threshold=threshold))
+
+
+# Views --------------------------------------------------------------------------------------------
+class Turn:
+    """The views of an avatar from all around, each of which is drawn once."""
+    def __init__(self, avatar, size):
+        self.avatar = avatar
+        self.size = size
+        self.drawn = {}  # by azimuth, degrees
+
+    def __call__(self, azimuth):
+        """Returns the picture from a side."""
+        azimuth = azimuth % 360
+        if azimuth not in self.drawn:
+            self.drawn[azimuth] = draw(self.avatar, azimuth, self.size)
+        return self.drawn[azimuth]
+
+
+def draw(avatar, azimuth, size):
+    """Draws one view of an avatar as it turns."""
+    field, grid = avatar
+    device = grid.values.device
+    pose = rh.orbit_pose(azimuth, ELEVATION).to(device)
+    intrinsics = rh.intrinsics_of(rh.PORTRAIT_FOV, size).to(device)
+    view = rh.render_view(field, pose, intrinsics, size, size, grid.steps, grid).rgb
+    return (view * 255).round().byte().cpu().numpy()
+
+
+def around(count):
+    """So many azimuths from all around, in degrees."""
+    return [360 * k / count for k in range(count)]
+
+
+# Layout -------------------------------------------------------------------------------------------
+def beside(pictures):
+    return np.concatenate(pictures, axis=1)
+
+
+def below(pictures):
+    return np.concatenate(pictures, axis=0)
+
+
+def tiled(pictures):
+    """Lays pictures of one size out in about as many rows as columns; gaps are white."""
+    rows = max(1, int(len(pictures) ** 0.5))
+    columns = math.ceil(len(pictures) / rows)
+    missing = -len(pictures) % columns
+    pictures = pictures + [np.full_like(pictures[0], 255)] * missing
+    starts = range(0, len(pictures), columns)
+    return below([beside(pictures[i : i + columns]) for i in starts])
+
+
+def pil_images(images):
+    """Images (B, 3, P, P) in [-1, 1], or None for none, as a list of PIL images."""
+    if images is None:
+        return []
+    pixels = ((images + 1) * 127.5).round().byte()
+    return [Image.fromarray(x) for x in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def portrait_of(portraits, k, count):
+    """The portrait of the k-th of so many avatars, or None where there are no portraits."""
+    return portraits[k * len(portraits) // count] if portraits else None
+
+
+# Files --------------------------------------------------------------------------------------------
+def write_grid(folder, turns, portraits):
+    """Writes grid.png, a row for each Turn: its portrait (PIL images; may be none) and SIDES."""
+    rows = []
+    for k, turn in enumerate(turns):
+        row = [turn(side) for side in SIDES]
+        portrait = portrait_of(portraits, k, len(turns))
+        if portrait:
+            resized = portrait.resize((turn.size, turn.size), Image.LANCZOS)
+            row.insert(0, np.asarray(resized))
+        rows.append(beside(row))
+    export.save_image(folder / 'grid.png', Image.fromarray(below(rows)))
+    return ['grid.png']
+
+
+def write_viewers(folder, turns, portraits, frames):
+    """Writes a viewer of each Turn, with so many frames of it, but at most VIEWER_FRAMES."""
+    names = []
+    for k, turn in enumerate(turns):
+        views = [Image.fromarray(turn(side)) for side in around(min(frames, VIEWER_FRAMES))]
+        portrait = portrait_of(portraits, k, len(turns))
+        field, grid = turn.avatar
+        names.append(export.numbered('viewer.html', k))
+        path = folder / names[-1]
+        export.write_viewer(path, field.planes, field.decoder, grid, views, portrait)
+    return names
+
+
+def write_turntable(folder, turns, frames, bar):
+    """Writes turntables of so many frames, with all Turns beside one another."""
+    drawn = []
+    for side in around(frames):
+        drawn.append(tiled([turn(side) for turn in turns]))
+        bar.update()
+    return export.save_animation(folder, drawn)
+
+
+def write_strip(folder, turns):
+    """Writes strip.png, with front and side of each Turn."""
+    rows = [beside([turn(side) for turn in turns]) for side in STRIP]
+    export.save_image(folder / 'strip.png', Image.fromarray(below(rows)))
+    return ['strip.png']
+
+
+def write_passage(folder, turns, frames, bar):
+    """Writes turntables of so many frames, in which the first Turn becomes the last."""
+    drawn = []
+    for k, side in enumerate(around(frames)):
+        drawn.append(turns[k * len(turns) // frames](side))
+        bar.update()
+    return export.save_animation(folder, drawn)

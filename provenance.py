@@ -1,0 +1,122 @@
+"""What files were made with, and whether that is what lies beside them.
+
+Planes mean nothing under another decoder, a base model nothing beside another VAE. So a file
+carries `made_with`, a dict of numbers that tell what it was made with from anything else, and who
+reads it compares. Files without, as those of weights/, are taken as they are.
+"""
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import rodinhd as rh
+import scenes
+
+
+def fingerprint(model):
+    """A number that tells the weights of models apart."""
+    number = 0
+    for p in model.parameters():
+        number = zlib.crc32(p.detach().float().cpu().contiguous().numpy().tobytes(), number)
+    return number
+
+
+def of_tensor(x):
+    """A checksum of a tensor's bytes."""
+    return zlib.crc32(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def compare(path, made_with, beside, advice):
+    """Stops where a file was made with something else than what lies beside it.
+
+    beside: {name: (where it lies, its fingerprint)}; what the file does not know is not compared.
+    """
+    if not isinstance(made_with, dict):
+        made_with = {}
+    for name, (place, number) in beside.items():
+        if made_with.get(name) not in (None, number):
+            rh.stop(f'{path}: was made with another {name} than {place}; {advice}')
+
+
+# Avatars ------------------------------------------------------------------------------------------
+def files_of(folder):
+    """The files that fitting an avatar reads: its cameras, and the images (and masks) of these."""
+    folder = Path(folder)
+    files = sorted(folder.glob('transforms*.json'))
+    for split in ('train', 'test'):
+        _, frames = scenes.read_frames(folder, split)
+        for frame in frames or ():
+            files += [value for value in frame.values() if isinstance(value, Path)]
+    return list(dict.fromkeys(files))
+
+
+def outline_of(folder):
+    """Numbers that are cheap to find: `outline` of the cameras and the sizes of all images, and
+    `times` of when these were written."""
+    folder = Path(folder)
+    outline = 0
+    times = 0
+    for path in files_of(folder):
+        status = path.stat()
+        text = f'{path.name} {status.st_size}'.encode(errors='surrogateescape')
+        outline = zlib.crc32(text, outline)
+        if path.suffix == '.json':
+            outline = zlib.crc32(path.read_bytes(), outline)
+        times = zlib.crc32(str(status.st_mtime_ns).encode(), times)
+    return {'outline': outline, 'times': times}
+
+
+def of_avatar(folder, known=None):
+    """The numbers of an avatar's data: its outline, and `data` of the bytes of all its files.
+
+    known: those of before, which hold where no file was written since.
+    """
+    numbers = outline_of(folder)
+    if known and all(known.get(name) == numbers[name] for name in numbers):
+        return known
+    data = 0
+    for path in files_of(folder):
+        data = zlib.crc32(path.read_bytes(), data)
+    return {**numbers, 'data': data}
+
+
+def same_avatar(folder, made_with):
+    """Whether a file was made with the very images and cameras that a folder holds now."""
+    if not isinstance(made_with, dict) or 'data' not in made_with:
+        return True
+    return of_avatar(folder, made_with)['data'] == made_with['data']
+
+
+def check_avatar(path, made_with, folder):
+    """Stops where planes are of another avatar than that of a folder, by its outline, which is
+    found without reading images."""
+    if not isinstance(made_with, dict) or 'outline' not in made_with:
+        return
+    if made_with['outline'] != outline_of(folder)['outline']:
+        rh.stop(
+            f'{path}: was fitted to other images or cameras than those in {folder}; '
+            'delete it and fit it again with python fit.py, or give its own --data'
+        )
+
+
+# Files --------------------------------------------------------------------------------------------
+def of_file(path):
+    """A number of what a checkpoint holds, of the checksums that it carries: it is not read."""
+    with zipfile.ZipFile(path) as archive:
+        parts = sorted((Path(x.filename).name, x.CRC, x.file_size) for x in archive.infolist())
+    return zlib.crc32(repr(parts).encode())
+
+
+def of_files(paths):
+    """A number of what many checkpoints hold; each rank looks at its share of them."""
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    total = 0
+    for path in paths[rank::world]:
+        name = Path(path).name.encode(errors='surrogateescape')
+        total += zlib.crc32(name, of_file(path))
+    parts = [None] * world
+    dist.all_gather_object(parts, total)
+    return sum(parts)

@@ -1,0 +1,92 @@
+"""render_blender.py: cameras and framing, and where there is Blender a character from its file to
+posed images."""
+import importlib.util
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import render_blender
+import rodinhd as rh
+import scenes
+
+BLENDER = importlib.util.find_spec('bpy') is not None
+
+
+@pytest.mark.parametrize('azimuth', [0, 75, 200])
+def test_cameras_are_those_of_the_project(azimuth):
+    pose = torch.tensor(render_blender.camera_pose(azimuth, 20))
+    assert torch.allclose(pose, rh.orbit_pose(azimuth, 20), atol=1e-6)
+    assert rh.PORTRAIT_FOV == render_blender.FOV
+
+
+def test_views_are_all_around_and_differ():
+    train = render_blender.spread(29, 0)
+    test = render_blender.spread(6, 77)
+    assert {int(azimuth // 90) for azimuth, _ in train} == {0, 1, 2, 3}
+    elevations = [elevation for _, elevation in train]
+    assert -20 < min(elevations) < -10
+    assert 40 < max(elevations) < 45
+    apart = [math.dist(a, b) for a in train for b in test]
+    assert min(apart) > 1
+
+
+def test_the_neck_is_the_narrowest_place():
+    head = [4, 5, 6, 6, 6, 5]
+    neck = [3, 2.5, 3]
+    body = [8, 12, 13, 13, 12, 12, 12]
+    assert render_blender.neck_of(head + neck + body) == 7
+
+
+def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
+    args = render_blender.parse(['--models', str(tmp_path)])
+    monkeypatch.setattr(render_blender, 'bpy', None)
+    with pytest.raises(SystemExit, match='pip install bpy'):
+        render_blender.main(args)
+    monkeypatch.setattr(render_blender, 'bpy', 'Blender')
+    with pytest.raises(SystemExit, match=r'there is no \.glb'):
+        render_blender.main(args)
+
+
+@pytest.mark.skipif(not BLENDER, reason='needs Blender (pip install bpy)')
+def test_a_character_becomes_posed_images(tmp_path, capsys):
+    trimesh = pytest.importorskip('trimesh')
+    head = trimesh.creation.icosphere(3, 0.12)
+    head.apply_translation([0, 1.7, 0])  # in a .glb Y is up, and a face looks along Z
+    nose = trimesh.creation.box([0.03, 0.03, 0.08])
+    nose.apply_translation([0, 1.7, 0.12])
+    nose.visual.vertex_colors = [255, 0, 0, 255]
+    neck = trimesh.creation.box([0.08, 0.14, 0.08])
+    neck.apply_translation([0, 1.55, 0])
+    body = trimesh.creation.box([0.5, 1.5, 0.25])
+    body.apply_translation([0, 0.75, 0])
+    models = tmp_path / 'models'
+    models.mkdir()
+    trimesh.util.concatenate([head, nose, neck, body]).export(models / 'a b.glb')
+    (models / 'broken.fbx').write_bytes(b'no')
+
+    options = ['--models', models, '--data', tmp_path / 'data', '--views', 4, '--test', 2]
+    options += ['--size', 48, '--samples', 4]
+    command = [sys.executable, str(ROOT / 'render_blender.py'), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'broken.fbx: left out' in done.stderr
+    assert '1 of 2 characters' in done.stdout
+
+    folder = tmp_path / 'data' / 'a b'
+    box = scenes.read_box(folder)
+    views = scenes.load_views(folder, 'train', box)
+    assert len(views.images) == 4
+    _, alpha = scenes.read_portrait(folder / 'portrait.png', 48)
+    rows = np.flatnonzero(alpha[0].amax(1) > 0.5)
+    assert rows.min() == pytest.approx(5, abs=3)  # the top of the head, as in our portraits
+    assert rows.max() == pytest.approx(43, abs=3)  # where the body is cut off
+    assert len(scenes.load_views(folder, 'test', box).images) == 2
+
+    (models / 'broken.fbx').unlink()
+    render_blender.main(render_blender.parse([*map(str, options)]))
+    assert 'a b.glb: is there' in capsys.readouterr().err
