@@ -458,7 +458,7 @@ def fit_one(planes, seen, decoder, steps, seed=0, report=None):
         field = rh.PlaneField(corrected(planes, corrections), decoder)
         if step % GRID_EVERY == 0:
             with torch.no_grad():
-                grid = rh.grid_for(field, config, device, updates=8)
+                grid = rh.grid_for(field, config, device)
 
         # On random grounds: on white, what should be empty may turn white.
         pick = shown[torch.randint(len(shown), (RAYS,), generator=generator).to(device)]

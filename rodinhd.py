@@ -519,6 +519,13 @@ def trunc_exp(x):
     return fixed.exp() + fixed.clamp(-15, 15).exp() * (x - fixed)
 
 
+def softplus(x):
+    """log(1 + exp(x)). Without a gradient on a CPU exp and log take half of softplus's time."""
+    if x.requires_grad or not x.is_cpu or x.dtype != torch.float32:
+        return F.softplus(x)
+    return torch.maximum(x, x.clamp(max=20).exp_().add_(1).log_())  # above 20 it is x in fp32
+
+
 def frequency_encoding(v):
     """(N, D) -> (N, 5 D): [v, sin v, cos v, sin 2v, cos 2v], without a factor of pi."""
     sine = v.sin()
@@ -561,8 +568,8 @@ class Decoder(nn.Module):
         """Without directions colour is not asked for: (sigma, None)."""
         colour_features = features[:, :-self.density_channels]
         density_features = features[:, -self.density_channels:]
-        hidden = self.sigma_net[:2](frequency_encoding(density_features))  # (N, width)
-        last = self.sigma_net[2]
+        first, _, last = self.sigma_net
+        hidden = softplus(first(frequency_encoding(density_features)))  # (N, width)
         if dirs is None:  # one row of the last layer is enough
             return trunc_exp(F.linear(hidden, last.weight[:1], last.bias[:1])[:, 0]), None
 
@@ -590,6 +597,28 @@ class PlaneField:
             return self.decoder(sample_planes(self.density_planes, points))
         return self.decoder(sample_planes(self.planes, points), dirs)
 
+    def on_lattice(self, axis):
+        """Density (n, n, n) where x, y and z are values of `axis` (n,), in [-1, 1].
+
+        Each plane is sampled at n x n points only, and they are summed into n x n x n: 3 times as
+        fast as asking for the density of each point.
+        """
+        R = self.planes.shape[-1]
+        texels = (axis + 1) * (0.5 * (R - 1))
+        below = texels.floor().clamp(max=R - 2)
+        weight_above = texels - below
+        below = below.long()
+        planes = self.density_planes
+        rows = planes[:, :, below].lerp(planes[:, :, below + 1], weight_above[:, None])
+        sampled = rows[..., below].lerp(rows[..., below + 1], weight_above)  # (3, D, n, n)
+        xy, xz, yz = sampled.permute(0, 3, 2, 1) / PLANE_DIVISOR  # axes of the world, then channels
+
+        density = []
+        for of_y, of_z in zip(xy, xz):  # slices along x
+            features = of_y[:, None] + of_z + yz  # (n, n, D)
+            density.append(self.decoder(features.flatten(0, 1))[0])
+        return torch.stack(density).view(len(axis), len(axis), len(axis))
+
 
 # 5 Volume rendering -------------------------------------------------------------------------------
 # Rays are marched with a constant step, on a lattice masked by an occupancy grid. That visits the
@@ -605,6 +634,18 @@ BLOCK = 8  # lattice points that are tested against the grid in one go
 def step_length(steps):
     """The distance of neighbouring samples: the box's diagonal over the number of steps."""
     return 2 * math.sqrt(3) / steps
+
+
+def widened(cells, margin):
+    """Cells (G, G, G) bool that are at most `margin` cells from one of these, on every axis."""
+    for axis in range(3):
+        wide = cells.clone()
+        for shift in range(1, min(margin, cells.shape[axis] - 1) + 1):
+            rest = cells.shape[axis] - shift
+            wide.narrow(axis, 0, rest).logical_or_(cells.narrow(axis, shift, rest))
+            wide.narrow(axis, shift, rest).logical_or_(cells.narrow(axis, 0, rest))
+        cells = wide
+    return cells
 
 
 class OccupancyGrid:
@@ -634,12 +675,7 @@ class OccupancyGrid:
 
         half_block = BLOCK / 2 * step_length(self.steps)  # in box units
         margin = math.ceil(half_block * self.G / 2 + 1e-6)  # in cells
-        side = 2 * margin + 1
-        wide = self.occupied[None, None].float()
-        for kernel in ((side, 1, 1), (1, side, 1), (1, 1, side)):
-            padding = [k // 2 for k in kernel]
-            wide = F.max_pool3d(wide, kernel, stride=1, padding=padding)
-        self.near_occupied = wide[0, 0] > 0
+        self.near_occupied = widened(self.occupied, margin)
 
     def cell(self, points):
         """Flat index (N,) of the cells of points (N, 3) in the box."""
@@ -677,12 +713,48 @@ class OccupancyGrid:
         return torch.cat(picked).unique()
 
 
-def grid_for(field, config, device='cpu', updates=24, seed=0, threshold=EMPTY):
+@torch.no_grad()
+def grid_for(field, config, device='cpu', threshold=EMPTY):
     """Occupancy grid of a field that no camera has seen, such as generated planes.
 
-    It is of all that is denser than `threshold`; at EMPTY nothing visible is skipped. (Supplement
-    A has 16 full updates and 10.) Values start from zero; after four full updates only those empty
-    cells are looked at again that lie beside occupied ones.
+    A cell's value is the largest density at its corners and its centre. It is occupied where that
+    is above `threshold`; at EMPTY nothing visible is skipped. Cells of more than two texels are
+    looked at in as many parts. grid_by_updates, which the papers have, takes ten times as long.
+    """
+    parts = math.ceil(config.resolution / (2 * config.grid))  # of a cell, along each axis
+    n = config.grid * parts
+    corner = torch.linspace(-1, 1, n + 1, device=device)
+    centre = (corner[1:] + corner[:-1]) / 2
+    largest = density_on(field, corner)
+    for axis in range(3):
+        largest = torch.maximum(largest.narrow(axis, 0, n), largest.narrow(axis, 1, n))
+    largest = torch.maximum(largest, density_on(field, centre))
+
+    grid = OccupancyGrid(config.grid, config.steps, device)
+    grid.density_threshold = threshold
+    grid.values = F.max_pool3d(largest[None], parts)[0] if parts > 1 else largest
+    grid.refresh()
+    return grid
+
+
+def density_on(field, axis):
+    """Density (n, n, n) of a field where x, y and z are values of `axis` (n,).
+
+    A field may know a faster way than to be asked for every point: `on_lattice`.
+    """
+    if hasattr(field, 'on_lattice'):
+        return field.on_lattice(axis)
+    y, z = torch.meshgrid(axis, axis, indexing='ij')
+    slices = [torch.stack([x.expand_as(y), y, z], dim=-1).view(-1, 3) for x in axis]
+    density = [field(points)[0].float() for points in slices]
+    return torch.stack(density).view(len(axis), *y.shape)
+
+
+def grid_by_updates(field, config, device='cpu', updates=24, seed=0, threshold=EMPTY):
+    """The same by updates at random points, as instant-ngp has it. (Supplement A: 16 and 10.)
+
+    Values start from zero; after four full updates only those empty cells are looked at again that
+    lie beside occupied ones.
     """
     generator = torch.Generator().manual_seed(seed)
     grid = OccupancyGrid(config.grid, config.steps, device)

@@ -104,7 +104,7 @@ def image_loss(x_start, patches, config, decoder, distance):
         field = rh.PlaneField(planes.clamp(-1, 1).float(), decoder)
         grid = None  # none is cheaper for small patches and planes
         if config.patch_grid_updates:
-            grid = rh.grid_for(field, config, device, config.patch_grid_updates)
+            grid = rh.grid_by_updates(field, config, device, config.patch_grid_updates)
         rgb = rh.render(field, rays_o, rays_d, config.steps, grid).rgb
         ours = rgb.T.reshape(truth.shape)
         truth = torch.where(patch['known'].to(device), truth, ours.detach())
@@ -254,7 +254,7 @@ def front_view(planes, decoder, config):
     """Planes (3, C, R, R) as a portrait shows them, (P, P, 3) in 0..1."""
     P = config.portrait
     field = rh.PlaneField(planes, decoder)
-    grid = rh.grid_for(field, config, planes.device, 4)
+    grid = rh.grid_for(field, config, planes.device)
     camera = rh.portrait_camera(P, planes.device)
     return rh.render_view(field, *camera, P, P, config.steps, grid).rgb
 

@@ -315,3 +315,58 @@ def test_the_grid_of_a_field_hides_nothing(tiny):
     coarse_grid = rh.grid_for(field, tiny, threshold=10 * tiny.steps / 1024)
     coarse = rh.render(field, rays_o, rays_d, tiny.steps, coarse_grid).rgb
     assert 2e-3 < (coarse - dense).abs().max() < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('settings', [[], ['grid=8']])
+def test_the_grid_of_planes_is_that_of_the_same_field_asked_point_by_point(settings):
+    """Planes know their density on a lattice; cells of 4 texels are looked at in 8 parts."""
+    config = rh.make_config('tiny', settings)
+    decoder = rh.Decoder(config)
+    planes = rh.PlaneField(torch.randn(3, config.channels, 32, 32), decoder)
+    axis = torch.tensor([-1.0, -0.3, 0.0, 0.77, 1.0])
+    points = torch.cartesian_prod(axis, axis, axis)
+    density = planes(points)[0].view(5, 5, 5)
+    assert torch.allclose(rh.density_on(planes, axis), density, rtol=1e-4)
+
+    plain = field_of(lambda points: planes(points)[0], by_place)
+    assert torch.allclose(rh.density_on(plain, axis), density)
+    assert torch.allclose(
+        rh.grid_for(planes, config).values, rh.grid_for(plain, config).values, rtol=1e-4
+    )
+
+
+def test_a_cell_holds_the_largest_density_of_its_corners_and_centre(tiny):
+    """Density x + 10 y + 100 z, and 0 where that is negative: the upper corner's."""
+    slope = torch.tensor([1.0, 10.0, 100.0])
+    grid = rh.grid_for(field_of(lambda points: (points @ slope).clamp(min=0), by_place), tiny)
+    upper = torch.linspace(-1, 1, tiny.grid + 1)[1:]
+    expected = upper[:, None, None] + 10 * upper[:, None] + 100 * upper
+    assert torch.allclose(grid.values, expected.clamp(min=0), atol=1e-4)
+
+    spike = field_of(lambda points: 5 * ((points - 1 / 32).abs() < 1e-3).all(1).float(), by_place)
+    assert rh.grid_for(spike, tiny).values[16, 16, 16] == 5  # at its centre alone
+    assert rh.grid_for(spike, tiny).values.sum() == 5
+
+
+def test_the_grid_in_one_pass_is_about_that_of_many_updates(tiny):
+    field = field_of(soft_shell, by_place)
+    at_once = rh.grid_for(field, tiny).occupied
+    by_updates = rh.grid_by_updates(field, tiny).occupied
+    assert at_once[by_updates].all()
+    assert at_once.sum() < 1.1 * by_updates.sum()
+
+
+@pytest.mark.parametrize('margin', [1, 2, 9])
+def test_cells_are_widened_as_by_a_maximum(margin):
+    cells = torch.rand(8, 8, 8) < 0.02
+    plain = F.max_pool3d(cells[None].float(), 2 * margin + 1, 1, margin)[0] > 0
+    assert torch.equal(rh.widened(cells, margin), plain)
+
+
+def test_softplus_is_that_of_pytorch():
+    x = torch.cat([torch.linspace(-40, 40, 1001), torch.tensor([-1e4, 100.0, 1e4])])
+    assert torch.allclose(rh.softplus(x), F.softplus(x), rtol=1e-6, atol=1e-6)
+    x.requires_grad_()
+    gradient, = torch.autograd.grad(rh.softplus(x).sum(), x)
+    assert torch.allclose(gradient, torch.sigmoid(x), atol=1e-6)
