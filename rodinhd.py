@@ -128,6 +128,23 @@ class Config:
     sample_steps: int = 10
     guidance: float = 1.3  # of the base model; 1 is none
 
+    # Rodin's latents, which RodinHD has dropped (rodin.py): all off in `paper`
+    latent_width: int = 0  # of a vector that the base network sees besides the portrait; 0: none
+    latent_drop: float = 0.2  # share of the vectors that training replaces by nothing
+    clip_width: int = 16  # channels of the first level of our own CLIP's image tower
+    clip_steps: int = 800
+    clip_batch: int = 64
+    clip_lr: float = 2e-3
+    prior_layers: int = 20  # of the MLPs that make vectors of noise, and of words and noise
+    prior_width: int = 2048
+    prior_timesteps: int = 1000
+    prior_steps: int = 100000
+    prior_batch: int = 96
+    prior_lr: float = 4e-5
+    text_steps: int = 100000
+    text_batch: int = 96
+    text_lr: float = 4e-5
+
     # Not in the papers, from here to the end (NOT_IN_THE_PAPERS): all off in `paper`;
     # docs/details.md says what each is good for
     augment: Switch = 0  # portraits in training are disturbed, as photographs are
@@ -155,7 +172,9 @@ class Config:
 
 SETTINGS = [field.name for field in fields(Config)]
 NOT_IN_THE_PAPERS = SETTINGS[SETTINGS.index('augment'):]
-MAY_BE_ZERO = ('components', 'likeness_steps', 'patches', 'patch_grid_updates', 'vae_steps')
+MAY_BE_ZERO = (
+    'components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates', 'vae_steps'
+)
 
 # The largest values: memory grows with these, shares are of 1, the viewer packs cells in eights
 LARGEST = dict(
@@ -166,6 +185,8 @@ LARGEST = dict(
     base_batch=2**16, up_width=8192, up_mult=64, up_blocks=16, up_body=64, up_head_width=8192,
     up_timesteps=10**5, up_batch=2**16, patch=4096, patches=2**16, sample_steps=10**5,
     patch_grid_updates=10**4, fisher_batches=10**4, components=10**4, likeness_steps=10**5,
+    latent_width=8192, latent_drop=1, clip_width=1024, clip_batch=2**16, prior_layers=256,
+    prior_width=2**16, prior_timesteps=10**5, prior_batch=2**16, text_batch=2**16,
     condition_drop=1, ema=1, planes_final_lr=1, decoder_final_lr=1, final_lr=1, rescale=1,
 )
 LARGEST_OF_OTHERS = 10**9
@@ -178,6 +199,7 @@ BRIEFLY = dict(
     silhouette_rays=1, regulariser_every=8, cull=1, planes_final_lr=0.05, decoder_final_lr=0.1,
     fog_start=1, mean_start=1, rescale=0.25, fisher_batches=16, positions=1, aligned=1,
     base_predict='x_start', identity_start=1, clip_grad=1.0, likeness_steps=40,
+    prior_layers=6, prior_width=128, prior_steps=4000, prior_lr=1e-3, text_steps=6000, text_lr=1e-3,
 )
 PRESETS = {
     'paper': {},
@@ -1639,6 +1661,7 @@ class Portrait(NamedTuple):
     latent: torch.Tensor  # the posterior's mean times vae_scale, (B, 4, P/8, P/8) of the VAE
     maps: list  # y1, y2, y3; see feature_shapes
     lr: torch.Tensor | None = None  # low-resolution planes (B, 3, C, r, r), which are never dropped
+    vector: torch.Tensor | None = None  # (B, latent_width), of the portrait or of anything else
 
 
 @torch.no_grad()
@@ -1652,16 +1675,32 @@ def encode_portrait(vae, images, config):
     return Portrait(mean * config.vae_scale, maps)
 
 
-def drop(portrait, keep=(False,)):
-    """Zeroes latent and maps where keep (B,) is false, by default all: the null condition.
+def nobody(config, count=1, vector=None):
+    """The Portrait of nobody, `count` times: the null condition, or one of a vector (count,
+    latent_width) alone."""
+    (channels, pixels), maps = feature_shapes(config)
+    latent = torch.zeros(count, channels, pixels, pixels)
+    maps = [torch.zeros(count, c, p, p) for c, p in maps]
+    if vector is not None:
+        latent = latent.to(vector.device)
+        maps = [x.to(vector.device) for x in maps]
+    return Portrait(latent, maps, vector=vector)
+
+
+def drop(portrait, keep=(False,), keep_vector=(False,)):
+    """Zeroes latent and maps where keep (B,) is false, and the vector, if there is one, where
+    keep_vector (B,) is; by default all: the null condition.
 
     Its tokens are all alike, the bias of a GroupNorm.
     """
-    def masked(x):
-        return x * torch.as_tensor(keep).to(x).view(-1, 1, 1, 1)
+    def masked(x, keep):
+        return x * torch.as_tensor(keep).to(x).view(-1, *[1] * (x.ndim - 1))
 
-    maps = [masked(x) for x in portrait.maps]
-    return portrait._replace(latent=masked(portrait.latent), maps=maps)
+    maps = [masked(x, keep) for x in portrait.maps]
+    vector = portrait.vector
+    if vector is not None:
+        vector = masked(vector, keep_vector)
+    return portrait._replace(latent=masked(portrait.latent, keep), maps=maps, vector=vector)
 
 
 @dataclass
@@ -2020,8 +2059,11 @@ class UNet(nn.Module):
 class BaseUNet(UNet):
     """Base network: planes (B, 3, C, r, r) to their noise and a variance, (B, 3, 2C, r, r).
 
-    At `paper` it has 366,823,360 parameters (supplement A lists the layers).
+    At `paper` it has 366,823,360 parameters (supplement A lists the layers). `added` names layers
+    that start at zero, so that weights from before they were there remain good (train.py --init).
     """
+    added = ('vector.',)
+
     def __init__(self, config):
         attends_to = {'multi': (0, 1, 2), 'single': (2, 2, 2), 'none': (None, None, None)}
         maps = dict(zip(config.base_attention, attends_to[config.tokens]))
@@ -2034,6 +2076,20 @@ class BaseUNet(UNet):
         self.conv_in = conv(channels, c)
         self.norm_out = norm(c)
         self.conv_out = zero(conv(c, 2 * channels))
+
+    def add_condition(self):
+        super().add_condition()
+        self.vector = None
+        if self.config.latent_width:
+            self.vector = zero(nn.Linear(self.config.latent_width, self.emb, bias=False))
+
+    def condition(self, portrait):
+        """The vector, where the network takes one, is added to what all blocks see: AdaGN (Rodin,
+        section 3.2)."""
+        condition = super().condition(portrait)
+        if self.vector is not None and portrait.vector is not None:
+            condition.pooled = condition.pooled + self.vector(portrait.vector)
+        return condition
 
     def layers_at(self, height, c_in, c_out, middle=False):
         config = self.config
@@ -2226,6 +2282,10 @@ class Diffusion:
             return prediction
         return (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar ** 0.5
 
+    def limited(self, x_start):
+        """x_start within the range of the data."""
+        return x_start.clamp(-1, 1)
+
     def loss(self, model, x_start, t, noise, condition=None):
         """Terms, a dict of scalars whose sum is the loss, and the predicted x_start, not clamped.
 
@@ -2286,7 +2346,7 @@ class Diffusion:
             alpha_bar = self.alpha_bar[times[i]].item()
             t = times[i] * 1000 / self.timesteps
             prediction, variance = self.guided(model, x, t, condition, guidance)
-            x_start = self.x_start_of(prediction, x, alpha_bar).clamp(-1, 1)
+            x_start = self.limited(self.x_start_of(prediction, x, alpha_bar))
             if watch:
                 watch(x_start)
             if i > 0:  # the last step goes to alpha_bar = 1, where x is x_start
@@ -2387,25 +2447,26 @@ def sample_stage(
 def generate(models, portrait, guidance=None, steps=None, seed=0, mix=None, **how):
     """The whole cascade -> Avatars.
 
-    models: {'vae', 'base', 'upsample'}. portrait: images (B, 3, P, P) in [-1, 1], a Portrait, or a
-    number of avatars of nobody. guidance: of the base model, by default its own. steps: of each
-    model, by default its own. seed, mix: see sample_stage. how: eta, watch, progress of
-    Diffusion.sample.
+    models: {'vae', 'base', 'upsample'}. portrait: images (B, 3, P, P) in [-1, 1], a Portrait (such
+    as `nobody` makes of a vector), or a number of avatars of nobody. guidance: of the base model,
+    by default its own. steps: of each model, by default its own. seed, mix: see sample_stage. how:
+    eta, watch, progress of Diffusion.sample.
     """
     base = models['base']
     config = base.config
-    nobody = isinstance(portrait, int)
-    if nobody:
+    device = next(base.parameters()).device
+    unseen = isinstance(portrait, int)
+    if unseen:
         portrait = torch.zeros(portrait, 3, config.portrait, config.portrait)
     if torch.is_tensor(portrait):
-        device = next(base.parameters()).device
         portrait = encode_portrait(models['vae'], portrait.to(device), config)
 
     if guidance is None:
         guidance = config.guidance
-    if nobody or config.condition_drop == 1:  # or training never showed a portrait
-        portrait = drop(portrait)
-        guidance = 1.0
+    if unseen or config.condition_drop == 1:  # or training never showed a portrait
+        portrait = drop(portrait, keep_vector=True)
+        if portrait.vector is None:
+            guidance = 1.0
     how = dict(steps=steps, seed=seed, mix=mix, **how)
     low = sample_stage('base', base, portrait, guidance=guidance, **how)
     planes = sample_stage('upsample', models['upsample'], portrait, low, **how)

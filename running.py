@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import endings
 import provenance
+import rodin
 import rodinhd as rh
 import shortcuts
 
@@ -389,11 +390,17 @@ MODELS = {  # kind: what makes it of a Config, and which command trains it
     'base': (shortcuts.base_network, 'python train.py --stage base'),
     'upsample': (shortcuts.upsample_network, 'python train.py --stage upsample'),
 }
+LATENTS = {  # the same of what Rodin has besides, which may or may not have been trained
+    'clip': (rodin.clip_encoder, 'python train.py --stage clip'),
+    'prior': (rodin.prior_network, 'python train.py --stage prior'),
+    'text': (rodin.text_network, 'python train.py --stage text'),
+}
+MAKERS = {**MODELS, **LATENTS}
 
 
 def build(kind, config):
     """A new network of a kind; stops where settings of a Config do not go together."""
-    make, _ = MODELS[kind]
+    make, _ = MAKERS[kind]
     try:
         return make(config)
     except (ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
@@ -431,7 +438,7 @@ def config_of(saved):
 
 def check_sizes(kind, config, state):
     """ValueError unless weights are those of a Config's network, before that takes memory."""
-    make, _ = MODELS[kind]
+    make, _ = MAKERS[kind]
     with torch.device('meta'):
         expected = make(config).state_dict()
     odd = expected.keys() ^ state.keys()
@@ -447,7 +454,7 @@ def check_sizes(kind, config, state):
 def load_model(kind, folder, device):
     """The model of a kind from folder/<kind>.pt, in fp32 and frozen, with its Config as .config,
     what it was made with as .made_with, and its own fingerprint."""
-    make, made_by = MODELS[kind]
+    make, made_by = MAKERS[kind]
     path = Path(folder) / f'{kind}.pt'
     content = read_checkpoint(path, kind, made_by)
     with reading(path, f'make it again with {made_by}'):

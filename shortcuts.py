@@ -35,14 +35,23 @@ class Prior(nn.Module):
     (B, 3, C, R, R).
 
     That is the mean of the training planes plus `count` principal components of them, which the
-    latent weights.
+    latent weights or, where that is dropped, a vector (B, `width`) does.
     """
-    def __init__(self, config, resolution, count):
+    def __init__(self, config, resolution, count, width=0):
         super().__init__()
         shape = (3, config.channels, resolution, resolution)
         self.mean = nn.Parameter(torch.zeros(1, *shape), requires_grad=False)
         self.components = nn.Parameter(torch.zeros(count, *shape), requires_grad=False)
         self.weights = None
+        self.by_vector = None
+        if count and width:
+            self.by_vector = nn.Sequential(
+                nn.Linear(width, 256),
+                nn.SiLU(),
+                nn.Linear(256, 256),
+                nn.SiLU(),
+                rh.zero(nn.Linear(256, count)),
+            )
         if count:
             (channels, pixels), _ = rh.feature_shapes(config)
             inputs = channels * (pixels // 2) ** 2
@@ -56,12 +65,20 @@ class Prior(nn.Module):
                 nn.Linear(256, count),
             )
 
-    def forward(self, latent):
+    def forward(self, latent, vector=None):
         if not self.weights:
             return self.mean.expand(len(latent), *self.mean.shape[1:])
         with torch.autocast(latent.device.type, enabled=False):  # bfloat16 has two digits
             weights = self.weights(latent.float())
+            if self.by_vector is not None and vector is not None:
+                weights = weights + self.weights_of_vector(latent, vector.float())
             return self.mean + torch.tensordot(weights, self.components, 1)
+
+    def weights_of_vector(self, latent, vector):
+        """What a vector adds to the weights (B, count): nothing where it was dropped, or where
+        there is a latent, which says more."""
+        alone = (latent == 0).flatten(1).all(1) & (vector != 0).any(1)
+        return alone[:, None] * self.by_vector(vector)
 
     @torch.no_grad()
     def learn(self, planes):
@@ -111,14 +128,18 @@ class Condition(rh.Condition):
 
 class BaseUNet(rh.BaseUNet):
     """The base network that adds what all avatars have in common to its x_start."""
+    added = (*rh.BaseUNet.added, 'prior.by_vector.')
+
     def add_condition(self):
         super().add_condition()
         config = self.config
-        self.prior = Prior(config, config.base_resolution, config.components)
+        self.prior = Prior(
+            config, config.base_resolution, config.components, config.latent_width
+        )
 
     def condition(self, portrait):
         plain = super().condition(portrait)
-        return Condition(**vars(plain), prior=self.prior(portrait.latent))
+        return Condition(**vars(plain), prior=self.prior(portrait.latent, portrait.vector))
 
     def forward(self, x, t, condition):
         return with_prior(super().forward, self, x, t, condition)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import batches
 import provenance
+import rodin
 import rodinhd as rh
 import running
 import scenes
@@ -166,6 +167,10 @@ def prepare_diffusion(args, config, device, world):
         print(f'planes of {len(items)} of {total} avatars in {args.data}: '
               'python fit.py fits the others')
     items.made_with = {'decoder': decoder.fingerprint, 'vae': vae.fingerprint}
+    clip = None
+    if base and config.latent_width:
+        clip = clip_of(args, config, device)
+        items.made_with['clip'] = clip.fingerprint
     for path, model, names in (
         (args.runs / 'vae.pt', vae, rh.ENCODER_SETTINGS),
         (args.fits / 'decoder.pt', decoder, ('channels',)),
@@ -193,6 +198,8 @@ def prepare_diffusion(args, config, device, world):
             'portrait': portrait_in_training(item, config),
             'keep': torch.rand(()) >= config.condition_drop,
         }
+        if clip is not None:
+            sample['keep_vector'] = torch.rand(()) >= config.latent_drop
         if not base:
             degrade = batches.degrade if config.up_degrade else rh.resize_planes
             sample['lr'] = degrade(x_start[None], config.base_resolution)[0]
@@ -204,7 +211,10 @@ def prepare_diffusion(args, config, device, world):
 
     def loss(network, batch):
         portrait = rh.encode_portrait(vae, batch['portrait'], config)
-        portrait = rh.drop(portrait, batch['keep'])._replace(lr=batch.get('lr'))
+        if clip is not None:
+            portrait = portrait._replace(vector=clip.encode_images(batch['portrait']))
+        portrait = rh.drop(portrait, batch['keep'], batch.get('keep_vector'))
+        portrait = portrait._replace(lr=batch.get('lr'))
         terms, predicted = diffusion.loss(
             network, batch['x_start'], batch['t'], batch['noise'], portrait
         )
@@ -230,6 +240,46 @@ def prepare_diffusion(args, config, device, world):
         return torch.cat([images, views.permute(0, 3, 1, 2) * 2 - 1], dim=2)
 
     return Stage(batches.Draws(items, draw, args.seed), network, loss, picture)
+
+
+# Rodin's latents (rodin.py)
+def clip_of(args, config, device):
+    """The CLIP of a run; stops where its vectors have another width than a config asks for."""
+    clip = running.load_model('clip', args.runs, device)
+    if clip.config.latent_width != config.latent_width:
+        rh.stop(
+            f'{clip.path}: its vectors have {clip.config.latent_width} values, '
+            f'latent_width is {config.latent_width}; give --set '
+            f'latent_width={clip.config.latent_width}'
+        )
+    return clip
+
+
+def prepare_clip(args, config, device, world):
+    items = batches.Described(args.data, config, rodin.SIDE)
+    network = running.build('clip', config)
+
+    def draw(item, i, j):
+        pictures = [item['portrait'][None], item['alpha'][None]]
+        least = torch.rand(()) ** 2  # of the facts that the sentence leaves out
+        spoken = torch.rand(len(item['facts'])) >= least
+        return {
+            'image': scenes.portrait_on_white(item['portrait'], item['alpha']),
+            'other': batches.photo(*pictures)[0],
+            'facts': item['facts'],
+            'said': item['facts'] * spoken,
+        }
+
+    def picture(network):
+        """Six portraits, and for each that of all others whose z is nearest."""
+        images = torch.stack([scenes.portrait_on_white(x['portrait'], x['alpha']) for x in items])
+        z = network.encode_images(images.to(device))
+        near = z @ z.T
+        near.fill_diagonal_(-math.inf)
+        shown = [i * len(items) // 6 for i in range(6)]
+        return torch.cat([images[shown], images[near[shown].argmax(1).cpu()]], dim=2)
+
+    return Stage(batches.Draws(items, draw, args.seed), network, rodin.clip_loss, picture)
 
 
 def learn_prior(network, items, config):
@@ -271,10 +321,17 @@ def learning_rate(lr, step, steps, config):
 
 
 def initialise(network, stage, folder):
-    """Begins with the weights of folder/<stage>.pt -> their fingerprint."""
+    """Begins with the weights of folder/<stage>.pt -> their fingerprint.
+
+    Layers that these do not have yet, and that start at zero, stay as they are.
+    """
     trained = running.load_model(stage, folder, 'cpu')
+    weights = trained.state_dict()
+    for name, x in network.state_dict().items():
+        if name not in weights and name.startswith(getattr(network, 'added', ())):
+            weights[name] = x
     try:
-        network.load_state_dict(trained.state_dict())
+        network.load_state_dict(weights)
     except RuntimeError:
         rh.stop(f'{folder}/{stage}.pt: has other sizes than asked for; '
                 f'use --preset {trained.config.preset}, or no --init')
@@ -347,7 +404,8 @@ def train(args, config, rank, world, device):
     batch = max(batch // world, 1) * world
     bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
 
-    prepare = {'vae': prepare_vae, 'lora': words.prepare_lora}.get(args.stage, prepare_diffusion)
+    special = {'vae': prepare_vae, 'clip': prepare_clip, 'lora': words.prepare_lora}
+    prepare = special.get(args.stage, prepare_diffusion)
     data, network, loss_of, picture = prepare(args, config, device, world)
     made_with = data.items.made_with
     if made_with:
@@ -469,7 +527,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument('--stage', required=True, choices=('vae', 'base', 'upsample', 'lora'))
+    p.add_argument('--stage', required=True, choices=('vae', 'base', 'upsample', 'clip', 'lora'))
     p.add_argument('--preset', default='small', choices=rh.PRESETS)
     p.add_argument('--data', type=Path, default=Path('data'))
     p.add_argument('--fits', type=Path, default=Path('fits'))

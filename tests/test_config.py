@@ -121,7 +121,8 @@ def test_the_first_of_several_that_is_wrong_is_named():
 @pytest.mark.parametrize('name', names_of(int))
 def test_zero_is_refused_where_it_makes_no_sense(name):
     """A number of steps, channels or rays is at least 1; what 0 switches off may be 0."""
-    if name in ('components', 'likeness_steps', 'patches', 'patch_grid_updates', 'vae_steps'):
+    if name in ('components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates',
+                'vae_steps'):
         assert getattr(rh.make_config('tiny', [f'{name}=0']), name) == 0
     else:
         assert f'{name} takes a positive int' in refusal(f'{name}=0')

@@ -1,0 +1,181 @@
+"""What Rodin (Wang et al., CVPR 2023) has and RodinHD has dropped: latents, their prior, words.
+
+    z        a vector of a portrait, by CLIP (section 3.4), conditions the base network by AdaGN
+    Prior    draws z of nothing: unconditional avatars (section 3.4)
+    Text     draws z of words: avatars from sentences (section 3.4)
+    edits    z moves by the difference of two sentences (section 3.4)
+
+`Clip` is a small one of our own, which knows the words of captions.py; `PublishedClip` has the same
+methods and published weights. The core (rodinhd.py) is given a vector and does not know of what.
+Letters as there, and: D the width of z, F the number of facts.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import captions
+import rodinhd as rh
+
+SIDE = 64  # pixels a side that our CLIP sees of a portrait
+STEPS = 50  # of sampling z, which costs nothing beside planes
+
+
+# CLIP ---------------------------------------------------------------------------------------------
+def on_sphere(x):
+    """Vectors (B, D) with their length set to sqrt(D), so that their values have unit variance."""
+    return F.normalize(x.float(), dim=1) * x.shape[1] ** 0.5
+
+
+def halving(c_in, c_out):
+    """Layers of the image tower that halve an image's sides."""
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
+        nn.GroupNorm(8, c_out),
+        nn.SiLU(),
+    )
+
+
+class Clip(nn.Module):
+    """A small CLIP (Radford et al. 2021): portraits and facts as vectors of one space.
+
+    The image tower is a few convolutions of a portrait of 64 x 64 pixels. A sentence is a set of
+    facts (captions.py), whose embeddings are summed; those that training never saw stay zero.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        c = config.clip_width
+        if c % 8:
+            raise ValueError(f'clip_width {c} is no multiple of 8 groups')
+        D = config.latent_width
+        if D < 1:
+            raise ValueError('latent_width is 0, the width of what CLIP gives; give 96')
+        self.images = nn.Sequential(
+            halving(3, c),                                      # 32 x 32
+            halving(c, 2 * c),                                  # 16 x 16
+            halving(2 * c, 4 * c),                              # 8 x 8
+            halving(4 * c, 4 * c),                              # 4 x 4
+            nn.Flatten(),
+            nn.Linear(4 * c * 16, D),
+        )
+        self.facts = nn.Parameter(torch.zeros(len(captions.FACTS), 128))
+        self.words = nn.Sequential(
+            nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, 128), nn.SiLU(), nn.Linear(128, D)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10)))
+
+    def encode_images(self, images):
+        """Portraits (B, 3, P, P) in [-1, 1], on white, as z (B, D)."""
+        return on_sphere(self.images(F.adaptive_avg_pool2d(images.float(), SIDE)))
+
+    def encode_facts(self, rows):
+        """Facts as rows (B, F) of zeros and ones, as z (B, D)."""
+        return on_sphere(self.words(rows.to(self.facts) @ self.facts))
+
+    def encode_texts(self, texts):
+        """Sentences as z (B, D)."""
+        rows = [captions.as_vector(captions.understand(text).facts) for text in texts]
+        return self.encode_facts(torch.stack(rows))
+
+    def knows(self, fact):
+        """Whether training has seen a fact, a pair of factor and value."""
+        return bool(self.facts[captions.NUMBERS[fact]].any())
+
+    def forward(self, images, others, rows):
+        """z of portraits, of the same portraits seen otherwise, and of facts; and the scale of
+        logits."""
+        both = self.encode_images(torch.cat([images, others])).chunk(2)
+        return *both, self.encode_facts(rows), self.log_scale.exp().clamp(max=100)
+
+
+def clip_encoder(config):
+    """Our own CLIP of a Config, whose weights are in <runs>/clip.pt."""
+    return Clip(config)
+
+
+def agreement(logits, matches):
+    """The cross-entropy of rows of logits (A, B) with what they match (A, B), evenly; rows that
+    match nothing do not count."""
+    share = matches / matches.sum(1, keepdim=True).clamp(min=1)
+    return -(share * logits.log_softmax(1)).sum(1).mean()
+
+
+def clip_loss(network, batch):
+    """Contrastive losses, of images and words and of two pictures of the same avatar.
+
+    A sentence matches all portraits of the batch of which it is true: facts are few, and short
+    sentences are true of many. The second term, of which CLIP has none, keeps apart avatars that
+    have the same facts, so that z tells who it is.
+    """
+    z, other, words, scale = network(batch['image'], batch['other'], batch['said'])
+    D = z.shape[1]
+    said, facts = batch['said'], batch['facts']
+    true = (said @ facts.T == said.sum(1, keepdim=True)).float()  # (sentences, images)
+    logits = scale * words @ z.T / D
+    same = torch.eye(len(z), device=z.device)
+    pairs = scale * z @ other.T / D
+    return {
+        'words': agreement(logits, true) / 2,
+        'images': agreement(logits.T, true.T) / 2,
+        'pairs': (agreement(pairs, same) + agreement(pairs.T, same)) / 4,
+    }
+
+
+# Diffusion of z -----------------------------------------------------------------------------------
+class Vectors(rh.Diffusion):
+    """The diffusion of z, linear and predicting z itself; x is (B, 1, D, 1, 1), so that all of
+    rh.Diffusion works on it."""
+    def __init__(self, config):
+        super().__init__('linear', config.prior_timesteps, 'x_start')
+
+    def limited(self, x_start):
+        """z on its sphere, where all training vectors are."""
+        return as_planes(on_sphere(x_start.flatten(1)))
+
+
+def as_planes(z):
+    """z (B, D) in the form that rh.Diffusion takes."""
+    return z[:, None, :, None, None]
+
+
+class Prior(nn.Module):
+    """The denoiser of z: an MLP with residual layers, which all see t and, with `words`, a
+    sentence's z."""
+    def __init__(self, config, words=False):
+        super().__init__()
+        self.config = config
+        D = config.latent_width
+        width = config.prior_width
+        if D < 1:
+            raise ValueError('latent_width is 0: there is no z')
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.words = nn.Linear(D, width) if words else None
+        self.first = nn.Linear(D, width)
+        self.layers = nn.ModuleList()
+        for _ in range(config.prior_layers):
+            self.layers.append(nn.Sequential(
+                nn.LayerNorm(width), nn.SiLU(), rh.zero(nn.Linear(width, width))
+            ))
+        self.last = nn.Linear(width, D)
+
+    def forward(self, x, t, condition=None):
+        """x (B, 1, D, 1, 1), t (B,) in [0, 1000], the sentence's z (B, D), zero for none."""
+        emb = self.time(rh.timestep_embedding(t, self.config.prior_width))
+        if self.words is not None:
+            emb = emb + self.words(condition)
+        h = self.first(x.flatten(1))
+        for layer in self.layers:
+            h = h + layer(h + emb)
+        return as_planes(self.last(F.silu(h)))
+
+
+def prior_network(config):
+    """The network that makes z of noise (Rodin's latent prior)."""
+    return Prior(config)
+
+
+def text_network(config):
+    """The network that makes z of noise and a sentence's z."""
+    return Prior(config, words=True)
