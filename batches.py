@@ -356,20 +356,28 @@ def add_noise(x):
 
 
 # Patches of views ---------------------------------------------------------------------------------
-def random_patch(folder, path, p):
+FACE = (0.0, -0.4, 0.35)  # where faces are in the box, as portraits are framed
+
+
+def random_patch(folder, path, p, front=0.0):
     """Cuts a random patch of p x p pixels out of a random training view, for the loss of Eq. 6.
 
-    Takes the folder of an avatar and the path of its planes, which know its box. Returns a dict of
-    rays_o and rays_d (p, p, 3), rgb (3, p, p) in 0..1 and known (p, p) bool, false where the view
-    is masked; smaller where the view is.
+    Takes the folder of an avatar and the path of its planes, which know its box. A share `front` of
+    the patches is of the face (Rodin, section 3.3, which gives no number). Returns a dict of rays_o
+    and rays_d (p, p, 3), rgb (3, p, p) in 0..1 and known (p, p) bool, false where the view is
+    masked; smaller where the view is.
     """
-    view = random_view(folder, path, p)
+    of_face = front > 0 and bool(torch.rand(()) < front)
+    view = view_of_face(folder, path, p) if of_face else random_view(folder, path, p)
     height, width = view.images.shape[1:3]
 
     # An almost white crop is drawn again, once.
     for _ in range(2):
-        y = int(torch.randint(max(height - p, 0) + 1, ()))
-        x = int(torch.randint(max(width - p, 0) + 1, ()))
+        if of_face:
+            y, x = corner_at_face(view, p)
+        else:
+            y = int(torch.randint(max(height - p, 0) + 1, ()))
+            x = int(torch.randint(max(width - p, 0) + 1, ()))
         rgb = rh.on_white(view.images[0, y:y + p, x:x + p])
         if rgb.mean() < 0.7:
             break
@@ -387,6 +395,30 @@ def random_patch(folder, path, p):
         'rgb': rgb.permute(2, 0, 1),
         'known': known,
     }
+
+
+def view_of_face(folder, path, p):
+    """Draws views until one is from the front half, at most eight times."""
+    for _ in range(8):
+        view = random_view(folder, path, p)
+        if view.c2w[0, 1, 3] < FACE[1]:
+            break
+    return view
+
+
+def corner_at_face(view, p):
+    """Draws the upper left corner, row and column, of a patch whose centre is at the face.
+
+    It is off by up to a quarter of the patch, and the patch lies in the image.
+    """
+    c2w = view.c2w[0]
+    local = (torch.tensor(FACE) - c2w[:3, 3]) @ c2w[:3, :3]  # the camera looks down -z
+    fx, fy, cx, cy = view.intrinsics[0]
+    depth = (-local[2]).clamp(min=1e-3)
+    centre = torch.stack([cy - fy * local[1] / depth, cx + fx * local[0] / depth])
+    corner = centre - p / 2 + p / 2 * (torch.rand(2) - 0.5)
+    most = torch.tensor(view.images.shape[1:3]) - p
+    return torch.minimum(corner.round(), most).clamp(min=0).int().tolist()
 
 
 def random_view(folder, path, p):

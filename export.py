@@ -109,15 +109,18 @@ def encoded_columns(weight, groups):
 def pack_decoder(decoder):
     """Packs the decoder's weights as the shader reads them -> (vec4s, 4), and the constants that
     the shader is compiled with: COLOUR, DENSITY and HIDDEN are numbers of groups of four."""
-    (s1, _, s2), (c1, _, c2, _, c3) = decoder.sigma_net, decoder.color_net
+    s1, _, s2 = decoder.sigma_net
     width = s1.out_features
-    features = c1.in_features - width - 3 * ENCODINGS  # encoded colour features
+    c1, *between, c3 = [layer.weight for layer in decoder.color_net[::2]]
+    # The shader has three layers of colour; where there are two, the one between changes nothing
+    c2, = between or [torch.eye(width, device=c1.device)]
+    features = c1.shape[1] - width - 3 * ENCODINGS  # encoded colour features
     colour = -(-features // ENCODINGS // 4)
     density = -(-decoder.density_channels // 4)
     hidden = -(-width // 4)
 
     # The first colour layer reads the colour features, the geometry feature and the direction.
-    of_features, of_geometry, of_direction = c1.weight.split(
+    of_features, of_geometry, of_direction = c1.split(
         [features, width, 3 * ENCODINGS], dim=1
     )
     first = [
@@ -138,8 +141,8 @@ def pack_decoder(decoder):
         padded(in_fours(s2.weight[1:], hidden)),  # the geometry feature
         in_fours(s2.bias[1:], hidden),
         padded(torch.cat(first, dim=1)),
-        padded(in_fours(c2.weight, hidden)),
-        in_fours(c3.weight, hidden),
+        padded(in_fours(c2, hidden)),
+        in_fours(c3, hidden),
     ]
     weights = torch.cat([row.reshape(-1, 4) for row in rows]).detach().cpu().float()
     constants = {

@@ -32,7 +32,8 @@ import scenes
 
 SETTINGS = (  # that an avatar's planes depend on, under a given decoder
     'resolution', 'base_resolution', 'grid', 'steps', 'fit_steps', 'rays', 'lr_planes',
-    'weight_tv', 'weight_l2', 'weight_empty', 'rescale', 'coarse_to_fine', 'hull_start',
+    'weight_tv', 'weight_l2', 'weight_sparse', 'weight_smooth', 'weight_distortion',
+    'weight_empty', 'rescale', 'coarse_to_fine', 'hull_start',
     'silhouette_rays', 'regulariser_every', 'cull', 'planes_final_lr', 'mean_start',
 )
 
@@ -51,7 +52,7 @@ def held_out_views(folder, args, most):
 def load_decoder(folder, config, device):
     """The decoder of a folder, frozen; stops where it has other sizes than config."""
     decoder = running.load_model('decoder', folder, device)
-    for name in ('channels', 'decoder_width'):
+    for name in ('channels', 'decoder_width', 'decoder_layers'):
         theirs = getattr(decoder.config, name)
         ours = getattr(config, name)
         if theirs != ours:

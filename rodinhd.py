@@ -55,6 +55,7 @@ class Config:
     resolution: int = 512  # R
     base_resolution: int = 128  # r, of the planes that the base model makes
     decoder_width: int = 128  # of the hidden layers
+    decoder_layers: Literal[5, 4] = 5  # two of density, the others of colour; Rodin has four
 
     # Rendering
     grid: int = 128  # G, occupancy cells a side
@@ -73,6 +74,10 @@ class Config:
     weight_l2: float = 1e-4  # magnitude of the planes
     weight_iwc: float = 0.1  # lambda of Eq. 3
     weight_decay: float = 0.0  # of the decoder, the alternative in Table 4(a)
+    weight_sparse: float = 0.0  # density itself (Rodin, appendix B.2), which names three losses
+    weight_smooth: float = 0.0  # differences of density between neighbours (EG3D),
+    weight_distortion: float = 0.0  # and how far apart on a ray its weights lie (mip-NeRF 360)
+    rescale: float = 0.0  # share of the steps that see rescaled planes (Rodin, section 3.1)
 
     # Portrait. The VAE's three finest maps are y1, y2, y3 (Eq. 7): at 1/2, 1/4 and 1/8 of the
     # portrait's size, with the first three of vae_widths as channels.
@@ -111,6 +116,7 @@ class Config:
     up_body: int = 3  # [residual, attention, residual] times this, at the lowest resolution
     up_head_width: int = 32
     up_aware: Switch = 1  # 0: plain convolution in place of 3D-aware
+    up_once: Switch = 0  # 1: one layer goes up from the lowest level to the first (Rodin, Fig. 11)
     up_degrade: Switch = 1  # 0: no condition augmentation
     up_schedule: Literal['cosine', 'sigmoid', 'linear'] = 'sigmoid'
     up_timesteps: int = 100
@@ -119,6 +125,7 @@ class Config:
     up_lr: float = 1e-5
     patch: int = 64  # side of the rendered patch of the image-level loss (Eq. 6)
     patches: int = 32  # samples of a batch that get the image-level loss; 0: none
+    patch_front: float = 0.0  # share of the patches that are of the head's front (Rodin, 3.3)
     patch_grid_updates: int = 16  # of the occupancy grid that a patch is rendered with; 0: no grid
     perceptual: Literal['vgg', 'vae'] = 'vgg'  # network of that loss: by lpips, or our own VAE's
 
@@ -158,7 +165,6 @@ class Config:
     decoder_final_lr: float = 1.0  # and of the decoder
     fog_start: Switch = 0  # stage 1 begins where the decoder sees a light fog
     mean_start: Switch = 0  # stage 2 begins with the mean planes of stage 1
-    rescale: float = 0.0  # share of the steps that see rescaled planes (Rodin, section 3.1)
     fisher_batches: int = 1  # ray batches of the Fisher information
     positions: Switch = 0  # tokens and texels that attend carry an encoding of where they are
     components: int = 0  # above 0: networks add what training planes share (shortcuts.py)
@@ -188,6 +194,7 @@ LARGEST = dict(
     latent_width=8192, latent_drop=1, clip_width=1024, clip_batch=2**16, prior_layers=256,
     prior_width=2**16, prior_timesteps=10**5, prior_batch=2**16, text_batch=2**16,
     condition_drop=1, ema=1, planes_final_lr=1, decoder_final_lr=1, final_lr=1, rescale=1,
+    patch_front=1,
 )
 LARGEST_OF_OTHERS = 10**9
 LONGEST = 8  # of a tuple
@@ -203,6 +210,19 @@ BRIEFLY = dict(
 )
 PRESETS = {
     'paper': {},
+    # Rodin's (its appendix B). Where it gives no number, which is said here, the number is
+    # RodinHD's: decoder_width, up_width, up_body, learning rates and steps of fitting, TV off.
+    'rodin': dict(
+        resolution=256, base_resolution=64, decoder_layers=4,
+        fit_avatars=1000, inner=15000, outer=1, weight_iwc=0.0, weight_tv=0.0, weight_l2=0.0,
+        weight_sparse=1e-5, weight_smooth=1e-5, weight_distortion=1e-3, rescale=1.0,
+        tokens='none', condition_drop=1.0,
+        base_mult=(1, 2, 3, 4), base_attention=(32, 16, 8), base_aware=(64,),
+        base_schedule='linear', base_batch=48, base_lr=5e-5,
+        up_once=1, up_schedule='linear', up_batch=16, up_lr=5e-5,
+        patch=112, patches=16, patch_front=0.5,
+        sample_steps=100, guidance=1.2,
+    ),
     'small': dict(
         BRIEFLY,
         channels=16, resolution=128, base_resolution=32, decoder_width=32, grid=64, steps=256,
@@ -294,9 +314,25 @@ def make_config(preset, overrides=()):
     config = Config(**values)
     try:
         check_config(config)
+        check_heights(config)
     except ValueError as error:
         stop(error)
     return config
+
+
+def check_heights(config):
+    """ValueError, in one line, where a setting names a plane height that the base network does not
+    have: what it asks for would be left out without a word. 0 asks for nothing."""
+    r = config.base_resolution
+    heights = [r // 2 ** level for level in range(len(config.base_mult))]
+    for name in ('base_attention', 'base_aware'):
+        for height in getattr(config, name):
+            if height and height not in heights:
+                raise ValueError(
+                    f'{name} names planes of height {height}; with base_resolution {r} and '
+                    f'{len(heights)} levels (base_mult) there are {", ".join(map(str, heights))}; '
+                    '0 is none'
+                )
 
 
 def check_config(config):
@@ -578,13 +614,11 @@ class Decoder(nn.Module):
             nn.Softplus(),
             nn.Linear(width, 1 + width),
         )
-        self.color_net = nn.Sequential(
-            nn.Linear(encoded_colour + width + encoded_direction, width, bias=False),
-            nn.ReLU(),
-            nn.Linear(width, width, bias=False),
-            nn.ReLU(),
-            nn.Linear(width, 3, bias=False),
-        )
+        of_colour = [nn.Linear(encoded_colour + width + encoded_direction, width, bias=False)]
+        for _ in range(config.decoder_layers - 4):
+            of_colour += [nn.ReLU(), nn.Linear(width, width, bias=False)]
+        of_colour += [nn.ReLU(), nn.Linear(width, 3, bias=False)]
+        self.color_net = nn.Sequential(*of_colour)
 
     def forward(self, features, dirs=None):
         """Without directions colour is not asked for: (sigma, None)."""
@@ -1254,6 +1288,35 @@ def planes_of(table):
     return table.permute(0, 3, 1, 2)
 
 
+def distortion(weights, t, ray_index, rays, steps):
+    """Mean over rays of how spread out the weights along a ray are (mip-NeRF 360, Eq. 15).
+
+    Weights, distances t and ray_index are (S,), packed as in Samples. A ray's is the sum over all
+    pairs of w_i w_j |s_i - s_j|, plus 1/3 of the sum of w_i^2 delta: the same within a sample. Here
+    s = t / (2 sqrt 3) and delta = 1 / steps, shares of the box's diagonal.
+    """
+    # Samples are in order, so what lies before each is one running sum, and no pairs are formed:
+    # sum over i of 2 w_i (s_i sum_{j<i} w_j - sum_{j<i} w_j s_j)
+    s = t / (2 * math.sqrt(3))
+    weight_before = sum_before(weights, ray_index, rays)
+    moment_before = sum_before(weights * s, ray_index, rays)
+    between = 2 * (weights * (s * weight_before - moment_before)).sum()
+    within = weights.square().sum() / (3 * steps)
+    return ((between + within) / rays).float()
+
+
+def density_losses(field, points, generator):
+    """How much density there is at points (N, 3), and by how much it varies: `sparse`, `smooth`.
+
+    sparse is the mean of sigma, an L1 norm; smooth the mean of |sigma(p) - sigma(p')|, where p' is
+    p plus 0.004 N(0, 1) (EG3D). Both are scalars, not yet weighted.
+    """
+    noise = torch.randn(points.shape, generator=generator).to(points)
+    beside = (points + 0.004 * noise).clamp(-1, 1)
+    sigma, sigma_beside = field(torch.cat([points, beside]))[0].chunk(2)
+    return {'sparse': sigma.mean(), 'smooth': (sigma - sigma_beside).abs().mean()}
+
+
 def ray_losses(planes, decoder, rays, grid, config, generator):
     """Weighted terms of the loss that a batch of random rays gives; `rgb` is the data loss."""
     device = grid.values.device
@@ -1262,11 +1325,18 @@ def ray_losses(planes, decoder, rays, grid, config, generator):
     field = PlaneField(planes, decoder)
     cull = bool(config.cull)
     rendered = render(field, rays_o, rays_d, config.steps, grid, offset, cull=cull)
-    return {'rgb': F.mse_loss(rendered.rgb, target)}
+    terms = {'rgb': F.mse_loss(rendered.rgb, target)}
+    if config.weight_distortion:
+        spread = distortion(
+            rendered.weights, rendered.t, rendered.ray_index, len(rays_o), config.steps
+        )
+        terms['distortion'] = config.weight_distortion * spread
+    return terms
 
 
 def regularisers(planes, decoder, grid, config, generator, decoder_learns):
-    """What planes (3, C, R, R) should be besides: smooth, small, and empty outside of the hull.
+    """What planes (3, C, R, R) should be besides: smooth, small, empty outside of the hull, and of
+    little and smooth density.
 
     Returns a dict of weighted terms. They cost as much as the rays do, so that a fit may have them
     every so many steps, as many times as strong.
@@ -1289,6 +1359,13 @@ def regularisers(planes, decoder, grid, config, generator, decoder_learns):
             excess = torch.log(sigma.clamp(min=EMPTY) / EMPTY)
         push = (excess * outside[cell.unbind(1)]).mean()
         terms['empty'] = every * config.weight_empty * push
+    if config.weight_sparse or config.weight_smooth:
+        points = 2 * torch.rand(1000, 3, generator=generator).to(planes.device) - 1
+        found = density_losses(PlaneField(planes, decoder), points, generator)
+        for name, term in found.items():
+            weight = getattr(config, f'weight_{name}')
+            if weight:
+                terms[name] = every * weight * term
     return terms
 
 
@@ -1476,9 +1553,9 @@ def zero(module):
     return module
 
 
-def doubled(channels, **mode):
-    """Doubles height and width, then convolves. mode: of nn.Upsample."""
-    resize = nn.Upsample(scale_factor=2, **mode)
+def doubled(channels, times=1, **mode):
+    """Doubles height and width, once or several times, then convolves. mode: of nn.Upsample."""
+    resize = nn.Upsample(scale_factor=2 ** times, **mode)
     return nn.Sequential(OrderedDict(resize=resize, conv=conv(channels, channels)))
 
 
@@ -1961,6 +2038,7 @@ class UNet(nn.Module):
         self.width = width
         self.emb = 4 * width  # E
         self.maps = maps
+        self.once = False  # whether one layer goes up from the lowest level to the first
         self.checkpoint = False
 
     def add_condition(self):
@@ -1983,7 +2061,11 @@ class UNet(nn.Module):
         if height % 2 ** halvings:
             raise ValueError(f'planes of {height} cannot be halved {halvings} times')
         widths = [m * self.width for m in mult]
+        ways_up = list(reversed(range(len(widths))))  # the levels that the way up comes by
+        if self.once:
+            ways_up = sorted({halvings, 0}, reverse=True)
         skips = [c]  # channels of what the way up will see
+        self.skips = [True]  # of the input and each entry of the encoder: whether it will
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()
         self.middle = nn.ModuleList()
@@ -1994,10 +2076,13 @@ class UNet(nn.Module):
                 self.encoder.append(nn.ModuleList(self.layers_at(height, c, width)))
                 c = width
                 skips.append(c)
+                self.skips.append(level in ways_up)
             if level < halvings:
                 self.encoder.append(nn.ModuleList([self.resample(c, up=False)]))
                 skips.append(c)
+                self.skips.append(level + 1 in ways_up)
                 height //= 2
+        skips = list(itertools.compress(skips, self.skips))
 
         # The middle: residual, attention, residual
         for _ in range(body):
@@ -2005,14 +2090,15 @@ class UNet(nn.Module):
             self.middle.append(self.layers_at(height, c, c)[0])
 
         # Up again: each entry of the decoder takes one skip connection in
-        for level in reversed(range(len(widths))):
+        for level, next_level in itertools.zip_longest(ways_up, ways_up[1:], fillvalue=0):
             for _ in range(blocks + 1):
                 layers = self.layers_at(height, c + skips.pop(), widths[level])
                 self.decoder.append(nn.ModuleList(layers))
                 c = widths[level]
-            if level > 0:
-                self.decoder[-1].append(self.resample(c, up=True))
-                height *= 2
+            if level > next_level:
+                times = level - next_level
+                self.decoder[-1].append(self.resample(c, up=True, times=times))
+                height *= 2 ** times
 
     def condition(self, portrait):
         """A Portrait as this network's Condition: all that is the same at every t."""
@@ -2044,6 +2130,7 @@ class UNet(nn.Module):
         for layers in self.encoder:
             h = self.run(layers, h, emb, condition)
             skips.append(h)
+        skips = list(itertools.compress(skips, self.skips))
         h = self.run(self.middle, h, emb, condition)
         for layers in self.decoder:
             h = self.run(layers, torch.cat([h, skips.pop()], dim=1), emb, condition)
@@ -2103,8 +2190,8 @@ class BaseUNet(UNet):
             ))
         return layers
 
-    def resample(self, c, up):
-        resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
+    def resample(self, c, up, times=1):
+        resize = nn.Upsample(scale_factor=2 ** times) if up else nn.AvgPool2d(2)
         return ResBlock(c, c, self.emb, resample=resize)
 
     def on_planes(self, x, emb, condition):
@@ -2132,6 +2219,7 @@ class UpsampleUNet(UNet):
         top = width + C  # first features and low-resolution planes
         last = width * config.up_mult[0] + top
 
+        self.once = bool(config.up_once)
         self.add_condition()
         self.add_body(top, config.up_mult, config.up_blocks, config.up_body, config.resolution)
         self.conv_in = conv(C, width)
@@ -2168,8 +2256,8 @@ class UpsampleUNet(UNet):
             ))
         return layers
 
-    def resample(self, c, up):
-        return doubled(c, mode='bilinear', align_corners=True) if up else halved(c)
+    def resample(self, c, up, times=1):
+        return doubled(c, times, mode='bilinear', align_corners=True) if up else halved(c)
 
     def condition(self, portrait):
         """A Portrait with `lr` as Condition: its planes are enlarged (bicubic) here, once."""

@@ -205,7 +205,7 @@ def prepare_diffusion(args, config, device, world):
             sample['lr'] = degrade(x_start[None], config.base_resolution)[0]
             if j < config.patches:
                 sample['patch'] = batches.random_patch(
-                    items.folders[i], items.paths[i], config.patch
+                    items.folders[i], items.paths[i], config.patch, config.patch_front
                 )
         return sample
 

@@ -19,7 +19,6 @@ OFF = {  # what each setting that is not in the papers is in `paper`
     'decoder_final_lr': 1,
     'fog_start': 0,
     'mean_start': 0,
-    'rescale': 0,
     'fisher_batches': 1,
     'positions': 0,
     'components': 0,
@@ -55,10 +54,11 @@ def refusal(*overrides, preset='small'):
 
 # make_config --------------------------------------------------------------------------------------
 def test_settings_are_set_by_name_and_type():
-    config = rh.make_config('small', ['rays=99', 'lr_planes=1e-3', 'base_mult=1,2', 'tokens=none'])
+    changes = ['rays=99', 'lr_planes=1e-3', 'base_mult=1,2,2,2', 'tokens=none']
+    config = rh.make_config('small', changes)
     assert config.rays == 99
     assert config.lr_planes == 1e-3
-    assert config.base_mult == (1, 2)
+    assert config.base_mult == (1, 2, 2, 2)
     assert config.tokens == 'none'
     assert config.preset == 'small'
     assert config.channels == 16  # as the preset has it
@@ -174,8 +174,8 @@ def test_departures_follow_overrides():
 def test_departures_are_printed_in_one_line(capsys):
     running.print_departures(rh.Config())
     assert capsys.readouterr().out == ''
-    running.print_departures(rh.make_config('paper', ['cull=1', 'rescale=0.25']))
-    expected = 'not in the papers (docs/details.md): cull=1, rescale=0.25\n'
+    running.print_departures(rh.make_config('paper', ['cull=1', 'final_lr=0.25']))
+    expected = 'not in the papers (docs/details.md): cull=1, final_lr=0.25\n'
     assert capsys.readouterr().out == expected
 
 
