@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import captions
 import rodinhd as rh
 import running
 import scenes
@@ -116,39 +115,6 @@ class Planes(torch.utils.data.Dataset):
             rh.stop(f'{self.paths[i]}: holds NaN or infinite values; delete it and fit it again')
         rgb, alpha = scenes.portrait_of(self.folders[i], self.config.portrait)
         return {'x_start': planes, 'portrait': rgb, 'alpha': alpha}
-
-
-class Described(torch.utils.data.Dataset):
-    """Reads the portraits of the avatars in `data`, small, and the facts about them (captions.py).
-
-    An item is a dict of portrait (3, S, S) in [-1, 1], alpha (1, S, S) in 0..1 and facts (F,) of
-    zeros and ones. It is kept, in bytes, once it was read: portraits of 64 x 64 pixels are 16 KB.
-    """
-    def __init__(self, data, config, size):
-        self.config = config
-        self.size = size
-        self.made_with = {}
-        self.folders = scenes.list_avatars(data)
-        self.kept = {}
-
-    def names(self):
-        """What tells these items from others."""
-        return [folder.name for folder in self.folders]
-
-    def __len__(self):
-        return len(self.folders)
-
-    def __getitem__(self, i):
-        i = range(len(self))[i]
-        if i not in self.kept:
-            portrait = scenes.portrait_of(self.folders[i], self.config.portrait)
-            facts = captions.as_vector(captions.facts_of(self.folders[i], *portrait))
-            rgb, alpha = (F.adaptive_avg_pool2d(x, self.size) for x in portrait)
-            pixels = torch.cat([(rgb + 1) / 2, alpha])
-            self.kept[i] = ((pixels * 255).round().byte(), facts)
-        pixels, facts = self.kept[i]
-        pixels = pixels.float() / 255
-        return {'portrait': pixels[:3] * 2 - 1, 'alpha': pixels[3:], 'facts': facts}
 
 
 # Batches ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ methods and published weights. The core (rodinhd.py) is given a vector and does 
 Letters as there, and: D the width of z, F the number of facts.
 """
 import math
+import random
 
 import torch
 import torch.nn as nn
@@ -43,6 +44,8 @@ class Clip(nn.Module):
     The image tower is a few convolutions of a portrait of 64 x 64 pixels. A sentence is a set of
     facts (captions.py), whose embeddings are summed; those that training never saw stay zero.
     """
+    side = SIDE  # of the images that it looks at
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -78,6 +81,10 @@ class Clip(nn.Module):
         """Sentences as z (B, D)."""
         rows = [captions.as_vector(captions.understand(text).facts) for text in texts]
         return self.encode_facts(torch.stack(rows))
+
+    @property
+    def device(self):
+        return self.facts.device
 
     def knows(self, fact):
         """Whether training has seen a fact, a pair of factor and value."""
@@ -179,3 +186,170 @@ def prior_network(config):
 def text_network(config):
     """The network that makes z of noise and a sentence's z."""
     return Prior(config, words=True)
+
+
+def latents_loss(network, batch, config):
+    """The loss of the denoiser, at batch['t'], of vectors batch['z'] (B, D), and of the sentences'
+    batch['words'] (B, D) where there are some."""
+    diffusion = Vectors(config)
+    z = as_planes(batch['z'])
+    terms, _ = diffusion.loss(
+        network, z, batch['t'], as_planes(batch['noise']), batch.get('words')
+    )
+    return terms
+
+
+def draw_latents(network, count=1, words=None, guidance=1.0, seed=0, steps=STEPS):
+    """Draws z (count, D); number i has the noise of seed + i.
+
+    network: of stage `prior`, or of `text` with the z (1, D) of a sentence as `words`, which
+    guidance above 1 makes weigh more.
+    """
+    D = network.config.latent_width
+    device = next(network.parameters()).device
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+    def draw():
+        noise = [torch.randn(1, D, 1, 1, generator=g) for g in generators]
+        return torch.stack(noise).to(device)
+
+    condition = null = None
+    if words is not None:
+        condition = words.expand(count, D)
+        null = torch.zeros_like(condition)
+    diffusion = Vectors(network.config)
+    steps = min(steps, diffusion.timesteps)
+    return diffusion.sample(network, draw, condition, null, guidance, steps).flatten(1)
+
+
+CANDIDATES = 32  # vectors that are drawn of a sentence, of which one is taken
+
+
+def vectors_of(models, facts, count=1, guidance=2.0, seed=0):
+    """z (count, D) of facts, by the networks `clip` and `text`.
+
+    Of 32 draws each is the one that agrees best with the words, as DALL-E 2 picks of two.
+    """
+    clip = models['clip']
+    words = clip.encode_facts(captions.as_vector(facts)[None])
+    found = []
+    for i in range(count):
+        z = draw_latents(models['text'], CANDIDATES, words, guidance, (seed + i) * CANDIDATES)
+        found.append(z[(z @ words[0]).argmax()])
+    return torch.stack(found)
+
+
+# Edits --------------------------------------------------------------------------------------------
+def facts_seen(clip, z):
+    """What CLIP takes a portrait's z (D,) for: of each factor that it knows the likeliest value."""
+    facts = {}
+    for factor, values in captions.VOCABULARY.items():
+        known = [value for value in values if clip.knows((factor, value))]
+        if len(known) > 1:
+            rows = torch.stack([captions.as_vector({factor: value}) for value in known])
+            facts[factor] = known[int((clip.encode_facts(rows) @ z).argmax())]
+    if facts.get('length') == 'bald':
+        facts.pop('hair', None)
+    return facts
+
+
+def with_facts(facts, changes):
+    """Facts after changes to them: who becomes bald has no colour of hair, and new clothes have
+    no shade but their own."""
+    changed = facts | changes
+    if changes.get('length') == 'bald':
+        changed.pop('hair', None)
+    if 'clothes' in changes and 'shade' not in changes:
+        changed.pop('shade', None)
+    return changed
+
+
+def edited(clip, z, changes, strength=1.0):
+    """z (D,) moved by what changes (facts) mean: z + strength (E(target) - E(source)).
+
+    The source is what CLIP sees in z, in place of Rodin's "a photo of a person", so that what is
+    not named cancels.
+    """
+    source = facts_seen(clip, z)
+    target = with_facts(source, changes)
+    rows = torch.stack([captions.as_vector(facts) for facts in (source, target)])
+    before, after = clip.encode_facts(rows)
+    return on_sphere((z + strength * (after - before))[None])[0]
+
+
+# Published CLIP -----------------------------------------------------------------------------------
+class PublishedClip(nn.Module):
+    """Published weights of CLIP, such as ViT-B/32, with the methods of Clip.
+
+    model, tokenizer: a CLIPModel and a CLIPTokenizer of transformers.
+    """
+    MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that it was trained on
+    STD = (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.side = model.config.vision_config.image_size
+        self.config = rh.Config(latent_width=model.config.projection_dim)
+
+    @property
+    def device(self):
+        return self.model.logit_scale.device
+
+    def encode_images(self, images):
+        """Portraits (B, 3, P, P) in [-1, 1], on white, as z (B, D)."""
+        size = (self.side, self.side)
+        images = F.interpolate(images.float(), size, mode='bicubic', antialias=True).clamp(-1, 1)
+        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (self.MEAN, self.STD))
+        pixels = ((images + 1) / 2 - mean) / std
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return on_sphere(self.model.visual_projection(pooled))
+
+    def encode_texts(self, texts):
+        """Sentences as z (B, D); they are cut to the 77 tokens that CLIP reads."""
+        most = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=most, return_tensors='pt'
+        ).to(self.device)
+        pooled = self.model.text_model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        ).pooler_output
+        return on_sphere(self.model.text_projection(pooled))
+
+    def encode_facts(self, rows):
+        """Facts as rows (B, F) of zeros and ones, as z (B, D) of sentences that say them."""
+        sentences = []
+        for row in rows:
+            facts = dict(captions.FACTS[i] for i in row.nonzero()[:, 0].tolist())
+            sentences.append(captions.caption(facts, random.Random(0)))
+        return self.encode_texts(sentences)
+
+    def knows(self, fact):
+        """It may know any."""
+        return True
+
+
+def load_published(source):
+    """A PublishedClip, frozen: of a folder in the form of transformers, or by its name on the hub;
+    stops where it cannot be had, or lacks a weight."""
+    try:
+        import transformers
+    except ImportError:
+        rh.stop('published CLIP needs the transformers package: pip install transformers')
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        model, info = transformers.CLIPModel.from_pretrained(
+            str(source), use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(source))
+    except Exception as error:  # missing, damaged, or refused: many types
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        rh.stop(
+            f'{source}: no CLIP of transformers in .safetensors files, with config.json and a '
+            f'tokenizer ({lines[0][:120]})'
+        )
+    for name in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+        if info.get(name):
+            rh.stop(f'{source}: not the weights of this CLIP: {name} {sorted(info[name])[:3]}')
+    return PublishedClip(model, tokenizer).requires_grad_(False).eval()

@@ -139,8 +139,8 @@ class Config:
     latent_width: int = 0  # of a vector that the base network sees besides the portrait; 0: none
     latent_drop: float = 0.2  # share of the vectors that training replaces by nothing
     clip_width: int = 16  # channels of the first level of our own CLIP's image tower
-    clip_steps: int = 800
-    clip_batch: int = 64
+    clip_steps: int = 500
+    clip_batch: int = 48
     clip_lr: float = 2e-3
     prior_layers: int = 20  # of the MLPs that make vectors of noise, and of words and noise
     prior_width: int = 2048

@@ -506,6 +506,50 @@ def load_models(runs='runs', fits='fits', device='cpu'):
     return models
 
 
+def load_clip(folder, device):
+    """The CLIP of a folder: our own of clip.pt, or a published one of clip/."""
+    published = Path(folder) / 'clip'
+    if (Path(folder) / 'clip.pt').exists() or not published.is_dir():
+        return load_model('clip', folder, device)
+    model = rodin.load_published(published)
+    model.path = published
+    model.made_with = {}
+    model.fingerprint = provenance.fingerprint(model)
+    return model.to(device)
+
+
+def load_latents(models, *kinds):
+    """Loads `clip`, `prior` or `text` from where the base network of load_models lies into
+    `models`; stops where one is missing, or they do not belong together."""
+    base = models['base']
+    device = next(base.parameters()).device
+    if not base.config.latent_width:
+        rh.stop(
+            f'{base.path}: takes no vectors, of words for example; train it with '
+            '--stage base --set latent_width=96, after --stage clip'
+        )
+    clip = load_clip(base.path.parent, device)
+    beside = {'clip': beside_of(clip)}
+    found = {'clip': clip}
+    for kind in kinds:
+        if kind != 'clip':
+            found[kind] = load_model(kind, base.path.parent, device)
+    for kind, model in {**found, 'base': base}.items():
+        width = model.config.latent_width
+        if width != clip.config.latent_width:
+            rh.stop(f'{model.path}: vectors of {width} values, {clip.path} makes '
+                    f'{clip.config.latent_width}; train both with the same latent_width')
+        _, made_by = MAKERS[kind]
+        provenance.compare(model.path, model.made_with, beside, f'train it again with {made_by}')
+    models.update(found)
+
+
+def has_latents(models, kind):
+    """Whether load_latents would find a model of a kind."""
+    base = models['base']
+    return bool(base.config.latent_width) and (base.path.parent / f'{kind}.pt').exists()
+
+
 def beside_of(model):
     """Where a model lies, and its fingerprint: see provenance.compare."""
     return model.path, model.fingerprint

@@ -34,12 +34,14 @@ from PIL import Image
 from tqdm import tqdm
 
 import batches
+import latents
 import provenance
-import rodin
 import rodinhd as rh
 import running
 import scenes
 import words
+
+STAGES = ('vae', 'base', 'upsample', 'clip', 'prior', 'text', 'lora')
 
 
 class Stage(NamedTuple):
@@ -169,7 +171,7 @@ def prepare_diffusion(args, config, device, world):
     items.made_with = {'decoder': decoder.fingerprint, 'vae': vae.fingerprint}
     clip = None
     if base and config.latent_width:
-        clip = clip_of(args, config, device)
+        clip = latents.clip_of(args, config, device)
         items.made_with['clip'] = clip.fingerprint
     for path, model, names in (
         (args.runs / 'vae.pt', vae, rh.ENCODER_SETTINGS),
@@ -240,46 +242,6 @@ def prepare_diffusion(args, config, device, world):
         return torch.cat([images, views.permute(0, 3, 1, 2) * 2 - 1], dim=2)
 
     return Stage(batches.Draws(items, draw, args.seed), network, loss, picture)
-
-
-# Rodin's latents (rodin.py)
-def clip_of(args, config, device):
-    """The CLIP of a run; stops where its vectors have another width than a config asks for."""
-    clip = running.load_model('clip', args.runs, device)
-    if clip.config.latent_width != config.latent_width:
-        rh.stop(
-            f'{clip.path}: its vectors have {clip.config.latent_width} values, '
-            f'latent_width is {config.latent_width}; give --set '
-            f'latent_width={clip.config.latent_width}'
-        )
-    return clip
-
-
-def prepare_clip(args, config, device, world):
-    items = batches.Described(args.data, config, rodin.SIDE)
-    network = running.build('clip', config)
-
-    def draw(item, i, j):
-        pictures = [item['portrait'][None], item['alpha'][None]]
-        least = torch.rand(()) ** 2  # of the facts that the sentence leaves out
-        spoken = torch.rand(len(item['facts'])) >= least
-        return {
-            'image': scenes.portrait_on_white(item['portrait'], item['alpha']),
-            'other': batches.photo(*pictures)[0],
-            'facts': item['facts'],
-            'said': item['facts'] * spoken,
-        }
-
-    def picture(network):
-        """Six portraits, and for each that of all others whose z is nearest."""
-        images = torch.stack([scenes.portrait_on_white(x['portrait'], x['alpha']) for x in items])
-        z = network.encode_images(images.to(device))
-        near = z @ z.T
-        near.fill_diagonal_(-math.inf)
-        shown = [i * len(items) // 6 for i in range(6)]
-        return torch.cat([images[shown], images[near[shown].argmax(1).cpu()]], dim=2)
-
-    return Stage(batches.Draws(items, draw, args.seed), network, rodin.clip_loss, picture)
 
 
 def learn_prior(network, items, config):
@@ -404,7 +366,13 @@ def train(args, config, rank, world, device):
     batch = max(batch // world, 1) * world
     bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
 
-    special = {'vae': prepare_vae, 'clip': prepare_clip, 'lora': words.prepare_lora}
+    special = {
+        'vae': prepare_vae,
+        'clip': latents.prepare_clip,
+        'prior': latents.prepare_latents,
+        'text': latents.prepare_latents,
+        'lora': words.prepare_lora,
+    }
     prepare = special.get(args.stage, prepare_diffusion)
     data, network, loss_of, picture = prepare(args, config, device, world)
     made_with = data.items.made_with
@@ -510,6 +478,9 @@ def main(args):
             encoder = running.build('vae', config)
         running.write_model(args.runs / 'vae.pt', 'vae', config, encoder.state_dict(), 0)
         return
+    if args.stage == 'clip' and args.clip:
+        latents.keep_published(args.clip, args.runs)
+        return
     path = args.runs / f'{args.stage}.pt'
     claimed = contextlib.nullcontext(True)
     if rank == 0:
@@ -527,7 +498,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument('--stage', required=True, choices=('vae', 'base', 'upsample', 'clip', 'lora'))
+    p.add_argument('--stage', required=True, choices=STAGES)
     p.add_argument('--preset', default='small', choices=rh.PRESETS)
     p.add_argument('--data', type=Path, default=Path('data'))
     p.add_argument('--fits', type=Path, default=Path('fits'))
@@ -535,6 +506,9 @@ def parse(argv=None):
     p.add_argument('--vae', type=Path,
                    help='with --stage vae: published AutoencoderKL weights to take instead of '
                         'training')
+    p.add_argument('--clip', metavar='CLIP',
+                   help='with --stage clip: folder or hub name of a published CLIP to take instead '
+                        'of training')
     p.add_argument('--init', type=Path, metavar='FOLDER',
                    help='begin with the weights of FOLDER/<stage>.pt (not for lora)')
     p.add_argument('--sd', default=words.SD,
