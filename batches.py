@@ -3,9 +3,14 @@
 Training meets what will come later: portraits as people have them (`photo`; `disturb` measures what
 that costs), and low-resolution planes as the base model makes them (`degrade`).
 
+A sample is made in two halves. `Draws`, in the processes that read, gives what is on disk as it is
+there: planes in fp16, portraits in bytes, and a seed. `drawn`, on the device, makes floats of them
+and draws noise, degradation and the like from that seed: on one core that took longer than a GPU
+takes for the step.
+
 All that is random about a sample follows from the seed, the step and the sample's place in the
-batch. So a run that was interrupted sees the same as one that was not, and any number of ranks and
-workers see the same batches.
+batch. So a run that was interrupted sees the same as one that was not, and any number of ranks,
+of reading processes and of micro-batches sees the same batches.
 """
 from pathlib import Path
 
@@ -13,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import provenance
 import rodinhd as rh
 import running
 import scenes
@@ -22,19 +28,21 @@ import scenes
 class Images(torch.utils.data.Dataset):
     """Reads all training images of all avatars in `data`, for the VAE.
 
-    An item is a dict of portrait (3, P, P) in [-1, 1] and alpha (1, P, P) in 0..1. Frames are
-    counted at the start, and looked for when asked for: 46 K avatars have a million of them.
+    An item is a dict of `pixels`, uint8 RGBA (4, P, P). Frames are counted at the start, and looked
+    for when asked for: 46 K avatars have a million of them.
     """
     def __init__(self, data, config):
         self.made_with = {}
         self.size = config.portrait
-        self.folders = scenes.list_avatars(data)
-        counts = [scenes.count_frames(folder, 'train') for folder in self.folders]
+        folders = scenes.list_avatars(data)
+        self.data = folders[0].parent
+        self.avatars = [folder.name for folder in folders]
+        counts = [scenes.count_frames(folder, 'train') for folder in folders]
         self.ends = np.cumsum(counts)
 
     def names(self):
         """What tells these items from others."""
-        return [f'{folder.name} {end}' for folder, end in zip(self.folders, self.ends)]
+        return [f'{name} {end}' for name, end in zip(self.avatars, self.ends)]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -42,56 +50,78 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         i = range(len(self))[i]
         place = int(np.searchsorted(self.ends, i, side='right'))
-        folder = self.folders[place]
-        meta, frames = scenes.read_frames(folder, 'train')
-        frame = frames[(i - int(self.ends[place])) % len(frames)]
-        rgb, alpha = scenes.frame_as_portrait(folder, meta, frame, self.size)
-        return {'portrait': rgb, 'alpha': alpha}
+        folder = self.data / self.avatars[place]
+        number = i - int(self.ends[place])  # from the end
+        meta, frame = scenes.one_frame(folder, 'train', number)
+        return {'pixels': scenes.pixels_of_frame(folder, meta, frame, self.size)}
 
 
 class Planes(torch.utils.data.Dataset):
     """Reads the fitted planes of the avatars in `fits`, and their portraits in `data`.
 
-    An item is a dict of x_start (3, C, R, R) in [-1, 1], or with `low` the low-resolution planes
-    (3, C, r, r) alone, portrait (3, P, P) in [-1, 1] and alpha (1, P, P) in 0..1. It is read when
-    asked for and not kept: planes of the paper's 46 K avatars are 2.3 TB.
+    An item is a dict of `planes`, fp16 (3, C, R, R), or with `low` the low-resolution planes
+    (3, C, r, r) alone, and `pixels`, the portrait in uint8 RGBA (4, P, P). It is read when asked
+    for and not kept: planes of the paper's 46 K avatars are 2.3 TB. With `patch`, the image-level
+    loss's patches of so many pixels a side can be asked for.
+
+    What costs more than reading is done when an avatar is met first: all bytes of its file are
+    compared with their checksums, and what it was fitted to with what is in its folder.
     """
     def __init__(self, fits, data, config, low=False):
         self.config = config
-        self.name = 'low' if low else 'planes'
+        self.low = low
         self.made_with = {}
-        self.decoder = None
-        self.checked = set()  # numbers of the avatars whose images were compared
-        self.folders = []
-        self.paths = []
-        avatars = scenes.list_avatars(data)
-        fitted = {path.name for path in Path(fits).glob('*.pt')}
-        for folder in avatars:
-            path = Path(fits) / f'{folder.name}.pt'
-            if path.name in fitted:
-                self.folders.append(folder)
-                self.paths.append(path)
-        if not self.paths:
+        self.decoder = None  # where it lies, and its fingerprint
+        self.met = set()  # numbers of the avatars
+        self.fits = Path(fits)
+        folders = scenes.list_avatars(data)
+        self.data = folders[0].parent
+        fitted = {path.name for path in self.fits.glob('*.pt')}
+        # names alone: of a hundred thousand avatars, paths would take 100 MB in each process
+        self.avatars = [folder.name for folder in folders if f'{folder.name}.pt' in fitted]
+        if not self.avatars:
             rh.stop(
                 f'{fits}: holds no fitted planes of the avatars in {data}; '
                 'run fit.py --decoder, then fit.py'
             )
-        self.missing = len(avatars) - len(self.paths)
+        self.missing = len(folders) - len(self.avatars)
         self.read(0)
+
+    def path(self, i):
+        return self.fits / f'{self.avatars[i]}.pt'
+
+    def folder(self, i):
+        return self.data / self.avatars[i]
+
+    def paths(self):
+        """All planes files, one after the other."""
+        return map(self.path, range(len(self)))
 
     def check_decoder(self, decoder):
         """Stops where the planes are of another decoder: the first at once, others when read."""
-        self.decoder = decoder
+        self.decoder = running.beside_of(decoder)
+        self.met.clear()
         self.read(0)
 
     def read(self, i):
-        """The content of a planes file, of which only the planes of self.name may be used; stops
-        unless it is of this preset, this decoder and the images in this folder."""
+        """The content of a planes file, of which only the planes that are asked for may be used;
+        stops unless it is of this preset, this decoder and the images in this folder."""
+        path = self.path(i)
+        met = i in self.met
+        folder = None if met else self.folder(i)
+        known = met and not self.low
+        file = running.read_planes(path, self.decoder, folder, low=self.low, known=known)
+        self.check_sizes(path, file)
+        if met:
+            return file
+        planes = file['low' if self.low else 'planes']
+        if not is_finite(planes):
+            rh.stop(f'{path}: holds NaN or infinite values; delete it and fit it again')
+        self.met.add(i)
+        return file
+
+    def check_sizes(self, path, file):
         config = self.config
-        path = self.paths[i]
-        folder = None if i in self.checked else self.folders[i]
-        file = running.read_planes(path, self.decoder, folder, low=self.name == 'low')
-        self.checked.add(i)
         shapes = [tuple(file[name].shape[1:3]) for name in ('planes', 'low')]
         resolutions = (config.resolution, config.base_resolution)
         if shapes != [(config.channels, resolution) for resolution in resolutions]:
@@ -99,52 +129,130 @@ class Planes(torch.utils.data.Dataset):
                 f'{path}: planes of {shapes} channels and texels do not fit '
                 f'preset {config.preset}; fit again with it'
             )
-        return file
 
     def names(self):
         """What tells these items from others."""
-        return [path.parent.name + path.name for path in self.paths]
+        return [f'{self.fits.name}{name}.pt' for name in self.avatars]
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.avatars)
 
     def __getitem__(self, i):
+        return self.item(i, self.read(i))
+
+    def item(self, i, file):
+        """What __getitem__ returns, of the content of a planes file."""
+        i = range(len(self))[i]
+        size = self.config.portrait
+        pixels = provenance.kept_portrait(self.folder(i), file.get('portrait'), size)
+        if pixels is None:
+            pixels = scenes.pixels_of_portrait(self.folder(i), size)
+        # copied, as they are views of the whole file, which would be sent with them
+        planes = file['low' if self.low else 'planes'].clone()
+        return {'planes': planes, 'pixels': pixels.clone()}
+
+    def with_patch(self, i, p, front=0.0):
+        """An item that also has the `patch` that random_patch cuts out of a view."""
         file = self.read(i)
-        planes = file[self.name].float().clamp(-1, 1)
-        if not planes.isfinite().all():
-            rh.stop(f'{self.paths[i]}: holds NaN or infinite values; delete it and fit it again')
-        rgb, alpha = scenes.portrait_of(self.folders[i], self.config.portrait)
-        return {'x_start': planes, 'portrait': rgb, 'alpha': alpha}
+        box = (file['centre'], file['half'])
+        return {**self.item(i, file), 'patch': random_patch(self.folder(i), box, p, front)}
+
+
+def is_finite(x):
+    """Whether all of an fp16 tensor is finite: whether no exponent is the largest. isfinite() says
+    the same and takes 6 times as long."""
+    return int((x.view(torch.int16) & 0x7FFF).max()) < 0x7C00
+
+
+def in_floats(sample):
+    """A sample, or an item, with `x_start` in [-1, 1] in place of planes in fp16, and `portrait`
+    (3, P, P) in [-1, 1] and `alpha` (1, P, P) in 0..1 in place of pixels."""
+    made = {name: x for name, x in sample.items() if name not in ('planes', 'pixels', 'seed')}
+    if 'planes' in sample:
+        made['x_start'] = sample['planes'].float().clamp(-1, 1)
+    if 'pixels' in sample:
+        made['portrait'], made['alpha'] = scenes.portrait_in_floats(sample['pixels'])
+    return made
 
 
 # Batches ------------------------------------------------------------------------------------------
 class Draws(torch.utils.data.Dataset):
-    """Makes what a step sees: items, with all that is random about them.
+    """Reads what a step sees, in the processes of a DataLoader.
 
-    The index (step, j, i) means sample j of the step's batch. It is draw(item, i, j), made of item
-    i after PyTorch was seeded by seed, step and j.
+    The index (step, j, i) means sample j of the step's batch: item i, with the `seed` that `drawn`
+    draws from. The first `patches` samples of a batch have patches of `side` pixels, a share
+    `front` of which are of the face.
     """
-    def __init__(self, items, draw, seed):
+    def __init__(self, items, seed, patches=0, side=0, front=0.0):
         self.items = items
-        self.draw = draw
         self.seed = seed
+        self.patches = patches
+        self.side = side
+        self.front = front
 
     def __getitem__(self, index):
         step, j, i = index
-        torch.manual_seed(((self.seed * 1_000_003 + step) * 4096 + j) % 2 ** 63)
-        return self.draw(self.items[i], i, j)
+        seed = 2 * (((self.seed * 1_000_003 + step) * MOST_SAMPLES + j) % 2 ** 61)
+        torch.manual_seed(seed)
+        if j < self.patches:
+            sample = self.items.with_patch(i, self.side, self.front)
+        else:
+            sample = self.items[i]
+        return {**sample, 'seed': seed + 1}
 
 
-def indices(n, batch, begin, steps, seed, rank, world):
-    """Yields the indices of Draws that a rank sees, a list for each step from `begin` on.
+MOST_SAMPLES = 2 ** 17  # of a batch: more than rodinhd.LARGEST allows
 
-    The batch of a step, of items below n, follows from seed and step alone. A rank takes every
-    world-th sample of it.
+
+def drawn(samples, draw, device):
+    """Makes a batch on the device of samples as Draws reads them.
+
+    draw(sample) is called with PyTorch seeded by the sample's own seed, and returns what of it is
+    random, or made of what is random, a dict.
+    """
+    made = []
+    for sample in samples:
+        sample = moved(sample, device)
+        torch.manual_seed(sample['seed'])
+        made.append(draw(in_floats(sample)))
+    return collate(made)
+
+
+def moved(x, device):
+    """Tensors, and those in dicts, on a device; nobody waits for those that are pinned."""
+    if torch.is_tensor(x):
+        return x.to(device, non_blocking=True)
+    if isinstance(x, dict):
+        return {name: moved(value, device) for name, value in x.items()}
+    return x
+
+
+def shares(batch, rank, world, micro=0):
+    """What a rank sees of each batch -> micro-batches, lists of places in the batch, and the weight
+    of each sample in the batch's mean.
+
+    A rank takes every world-th sample, `micro` at a time (0: all at once). Where there are more
+    ranks than samples, those without repeat one, with a weight of zero.
+    """
+    places = list(range(rank, batch, world))
+    weight = 1 / batch
+    if not places:
+        places = [rank % batch]
+        weight = 0.0
+    size = micro or len(places)
+    return [places[k:k + size] for k in range(0, len(places), size)], weight
+
+
+def indices(n, batch, begin, steps, seed, parts):
+    """Yields the indices of Draws that a rank sees, a list for each micro-batch, from a step on.
+
+    The batch of a step, of items below n, follows from seed and step alone. parts: of `shares`.
     """
     for step in range(begin, steps):
         generator = np.random.default_rng((seed % 2 ** 32, step))
         picks = generator.integers(n, size=batch).tolist()
-        yield [(step, j, picks[j]) for j in range(rank, batch, world)]
+        for places in parts:
+            yield [(step, j, picks[j]) for j in places]
 
 
 def collate(samples):
@@ -325,16 +433,16 @@ def add_noise(x):
 FACE = (0.0, -0.4, 0.35)  # where faces are in the box, as portraits are framed
 
 
-def random_patch(folder, path, p, front=0.0):
+def random_patch(folder, box, p, front=0.0):
     """Cuts a random patch of p x p pixels out of a random training view, for the loss of Eq. 6.
 
-    Takes the folder of an avatar and the path of its planes, which know its box. A share `front` of
-    the patches is of the face (Rodin, section 3.3, which gives no number). Returns a dict of rays_o
-    and rays_d (p, p, 3), rgb (3, p, p) in 0..1 and known (p, p) bool, false where the view is
-    masked; smaller where the view is.
+    Takes the folder of an avatar and its box. A share `front` of the patches is of the face (Rodin,
+    section 3.3, which gives no number). Returns a dict of rays_o and rays_d (p, p, 3), rgb
+    (3, p, p) in 0..1 and known (p, p) bool, false where the view is masked; smaller where the view
+    is.
     """
     of_face = front > 0 and bool(torch.rand(()) < front)
-    view = view_of_face(folder, path, p) if of_face else random_view(folder, path, p)
+    view = view_of_face(folder, box, p) if of_face else random_view(folder, box, p)
     height, width = view.images.shape[1:3]
 
     # An almost white crop is drawn again, once.
@@ -348,25 +456,24 @@ def random_patch(folder, path, p, front=0.0):
         if rgb.mean() < 0.7:
             break
 
-    def crop(rays):
-        return rays.view(height, width, 3)[y:y + p, x:x + p]
-
     known = torch.ones(rgb.shape[:2], dtype=torch.bool)
     if view.unknown is not None:
         known = ~view.unknown[0, y:y + p, x:x + p]
-    rays_o, rays_d = rh.view_rays(view.c2w[0], view.intrinsics[0], height, width)
+    rows, columns = torch.meshgrid(*map(torch.arange, rgb.shape[:2]), indexing='ij')
+    pixels = (x + columns.flatten(), y + rows.flatten())
+    rays_o, rays_d = rh.pixel_rays(view.c2w[0], view.intrinsics[0], *pixels)
     return {
-        'rays_o': crop(rays_o),
-        'rays_d': crop(rays_d),
+        'rays_o': rays_o.reshape(rgb.shape),
+        'rays_d': rays_d.reshape(rgb.shape),
         'rgb': rgb.permute(2, 0, 1),
         'known': known,
     }
 
 
-def view_of_face(folder, path, p):
+def view_of_face(folder, box, p):
     """Draws views until one is from the front half, at most eight times."""
     for _ in range(8):
-        view = random_view(folder, path, p)
+        view = random_view(folder, box, p)
         if view.c2w[0, 1, 3] < FACE[1]:
             break
     return view
@@ -387,20 +494,13 @@ def corner_at_face(view, p):
     return torch.minimum(corner.round(), most).clamp(min=0).int().tolist()
 
 
-def random_view(folder, path, p):
+def random_view(folder, box, p):
     """Loads a random training view, shrunk to 2, 4 or 8 patches of p pixels where it is larger.
 
     The paper does not say how large its patches are. These sizes and their odds are those of the
     authors' code.
     """
-    file = running.read_planes(path, low=True)
-    box = (file['centre'], file['half'])
     pick = int(torch.randint(2 ** 30, ()))
     odds = torch.tensor([0.35, 0.45, 0.2])
     patches = 2 ** int(1 + torch.multinomial(odds, 1))
-
-    view = scenes.load_views(folder, 'train', box, pick=pick)
-    side = view.images.shape[1]
-    if side >= 2 * p * patches:
-        view = scenes.load_views(folder, 'train', box, side // (p * patches), pick=pick)
-    return view
+    return scenes.load_view(folder, box, pick, lambda height: max(height // (p * patches), 1))

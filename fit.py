@@ -30,6 +30,7 @@ import rodinhd as rh
 import running
 import scenes
 
+PATIENCE = 4  # minutes that a rank may keep the others waiting
 SETTINGS = (  # that an avatar's planes depend on, under a given decoder
     'resolution', 'base_resolution', 'grid', 'steps', 'fit_steps', 'rays', 'lr_planes',
     'weight_tv', 'weight_l2', 'weight_sparse', 'weight_smooth', 'weight_distortion',
@@ -71,9 +72,9 @@ def avatars_of(data):
     return folders
 
 
-def write_planes(path, planes, box, config, decoder, scores, settings, source=None):
+def write_planes(path, planes, box, config, decoder, scores, settings, source=None, portrait=None):
     """One avatar's file: planes and low-resolution planes in fp16, its box, the PSNR of held-out
-    views, and what it was fitted with. source: of provenance.of_avatar."""
+    views, and what it was fitted with. source, portrait: of provenance.of_avatar, of_portrait."""
     planes = planes.cpu()
     low = rh.resize_planes(planes, config.base_resolution).half()
     planes = planes.contiguous().half()
@@ -91,6 +92,7 @@ def write_planes(path, planes, box, config, decoder, scores, settings, source=No
         'settings': settings,
         'made_with': {'decoder': number, **(source or {})},
         'sum_of_low': provenance.of_tensor(low),
+        **({'portrait': portrait} if portrait else {}),
     })
 
 
@@ -137,6 +139,7 @@ def visit_psnr(saved, views, decoder, config):
 
 def summary(args, name, scores):
     """Gathers {avatar: PSNRs} of all ranks; rank 0 prints the means and writes them as JSON."""
+    running.wait_for_ranks(name)  # shares of avatars are uneven
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, scores)
     if dist.get_rank() > 0:
@@ -221,6 +224,7 @@ class Tasks:
         running.average_gradients(self.decoder.parameters(), active)
 
     def report(self, n, done, terms):
+        running.sign_of_life()
         self.terms = terms if done == 0 else self.terms | terms
         name = self.folders[self.place(n)].name
         self.bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {terms["rgb"]:.5f}')
@@ -267,8 +271,9 @@ def fit_decoder(args, config, rank, world, device):
         return
 
     begin, history = resume(state_path, settings, decoder, optimizer)
-    for p in decoder.parameters():  # all ranks start from rank 0's weights
-        dist.broadcast(p.data, 0)
+    if world > 1:
+        for p in decoder.parameters():  # all ranks start from rank 0's weights
+            dist.broadcast(p.data, 0)
 
     tasks = Tasks(args, folders, sources, decoder, schedule, begin)
     visits = rh.replay(
@@ -435,6 +440,7 @@ def measure_decoder(tasks, config, settings):
                 scores[folder.name],
                 settings,
                 tasks.sources[folder.name],
+                provenance.of_portrait(folder, config.portrait),
             )
     summary(args, 'decoder', scores)
 
@@ -497,6 +503,7 @@ def fit_planes(args, config, rank, world, device):
             scores[folder.name],
             settings,
             source,
+            provenance.of_portrait(folder, config.portrait),
         )
     bar.close()
     summary(args, 'fit', scores)
@@ -516,12 +523,13 @@ def say_what_is_left(left, count):
 
 
 def report(bar, name, done, terms):
+    running.sign_of_life()
     bar.set_postfix_str(f'{name} {done:4.0%} rgb loss {terms["rgb"]:.5f}')
 
 
 def main(args):
     config = rh.make_config(args.preset, args.set)
-    rank, world, device = running.start(args.device, args.seed)
+    rank, world, device = running.start(args.device, args.seed, PATIENCE)
     numbers = [args.downscale, args.held_out]
     if args.count is not None:
         numbers.append(args.count)

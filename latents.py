@@ -59,8 +59,8 @@ def on_white(item):
 
 def some_facts(facts):
     """Facts (F,) of which a random share is left out, as sentences leave out most."""
-    least = torch.rand(()) ** 2
-    return facts * (torch.rand(len(facts)) >= least)
+    least = torch.rand((), device=facts.device) ** 2
+    return facts * (torch.rand(len(facts), device=facts.device) >= least)
 
 
 class Latents(torch.utils.data.Dataset):
@@ -70,7 +70,6 @@ class Latents(torch.utils.data.Dataset):
     def __init__(self, clip, described, config, views=4):
         self.described = described
         self.made_with = {'clip': clip.fingerprint}
-        self.paths = []  # of planes
         found = []
         for i, item in enumerate(tqdm(described, desc='latents', disable=dist.get_rank() > 0)):
             rgb, alpha = item['portrait'], item['alpha']
@@ -90,6 +89,9 @@ class Latents(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.z)
+
+    def paths(self):
+        return []  # of planes files
 
     def __getitem__(self, i):
         return {'z': self.z[i], 'facts': self.facts[i]}
@@ -120,18 +122,21 @@ def clip_of(args, config, device):
     return clip
 
 
-def prepare_clip(args, config, device, world):
-    """Prepares what train.prepare_vae does, for our CLIP: data, network, loss and picture."""
-    items = batches.Described(args.data, config, rodin.SIDE)
+def prepare_clip(args, config, device):
+    """Prepares what train.prepare_vae does, for our CLIP: data, draw, network, loss and picture."""
+    if dist.get_world_size() > 1 or args.micro_batch:
+        rh.stop('--stage clip compares all samples of a batch with one another: '
+                'give it one rank, without --micro-batch')
+    items = Described(args.data, config, rodin.SIDE)
     network = running.build('clip', config)
 
-    def draw(item, i, j):
-        pictures = [item['portrait'][None], item['alpha'][None]]
+    def draw(sample):
+        pictures = [sample['portrait'][None], sample['alpha'][None]]
         return {
-            'image': on_white(item),
+            'image': on_white(sample),
             'other': batches.photo(*pictures)[0],
-            'facts': item['facts'],
-            'said': some_facts(item['facts']),
+            'facts': sample['facts'],
+            'said': some_facts(sample['facts']),
         }
 
     def picture(network):
@@ -143,27 +148,27 @@ def prepare_clip(args, config, device, world):
         shown = [i * len(items) // 6 for i in range(6)]
         return torch.cat([images[shown], images[near[shown].argmax(1).cpu()]], dim=2)
 
-    return batches.Draws(items, draw, args.seed), network, rodin.clip_loss, picture
+    return batches.Draws(items, args.seed), draw, network, rodin.clip_loss, picture
 
 
-def prepare_latents(args, config, device, world):
+def prepare_latents(args, config, device):
     """The same for the diffusion of vectors, of nothing (--stage prior) or of words (text)."""
     clip = clip_of(args, config, device)
-    items = Latents(clip, batches.Described(args.data, config, clip.side), config)
+    items = Latents(clip, Described(args.data, config, clip.side), config)
     network = running.build(args.stage, config)
     of_words = args.stage == 'text'
 
-    def draw(item, i, j):
-        view = torch.randint(len(item['z']), ())
-        sample = {
-            'z': item['z'][view],
-            'noise': torch.randn(config.latent_width),
-            't': torch.randint(config.prior_timesteps, ()),
+    def draw(sample):
+        view = torch.randint(len(sample['z']), ())
+        made = {
+            'z': sample['z'][view],
+            'noise': torch.randn(config.latent_width, device=device),
+            't': torch.randint(config.prior_timesteps, (), device=device),
         }
         if of_words:
-            sample['said'] = some_facts(item['facts'])
-            sample['keep'] = torch.rand(()) >= config.condition_drop
-        return sample
+            made['said'] = some_facts(sample['facts'])
+            made['keep'] = torch.rand((), device=device) >= config.condition_drop
+        return made
 
     def loss(network, batch):
         if of_words:
@@ -185,4 +190,4 @@ def prepare_latents(args, config, device, world):
         images = torch.stack([on_white(items.described[i]) for row in rows for i in row])
         return torch.cat(images.to(device).chunk(2), dim=2)
 
-    return batches.Draws(items, draw, args.seed), network, loss, picture
+    return batches.Draws(items, args.seed), draw, network, loss, picture

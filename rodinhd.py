@@ -325,6 +325,8 @@ def check_heights(config):
     have: what it asks for would be left out without a word. 0 asks for nothing."""
     r = config.base_resolution
     heights = [r // 2 ** level for level in range(len(config.base_mult))]
+    if len(config.base_attention) > 3:
+        raise ValueError(f'base_attention names {len(config.base_attention)} heights, for y1 to y3')
     for name in ('base_attention', 'base_aware'):
         for height in getattr(config, name):
             if height and height not in heights:
@@ -2154,6 +2156,7 @@ class BaseUNet(UNet):
     def __init__(self, config):
         attends_to = {'multi': (0, 1, 2), 'single': (2, 2, 2), 'none': (None, None, None)}
         maps = dict(zip(config.base_attention, attends_to[config.tokens]))
+        maps.pop(0, None)  # which says: at no height
         super().__init__(config, config.base_width, maps)
         channels = config.channels if config.roll_out else len(AXES) * config.channels
         c = config.base_width * config.base_mult[0]

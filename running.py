@@ -30,8 +30,11 @@ import shortcuts
 MOST_SEEDS = 2 ** 62  # what is drawn from a seed takes up to twice of it, and more, of 64 bits
 
 # Ranks --------------------------------------------------------------------------------------------
-def start(device=None, seed=0):
-    """Starts the process group and seeds PyTorch by seed and rank -> rank, world, device."""
+def start(device=None, seed=0, patience=None):
+    """Starts the process group and seeds PyTorch by seed and rank -> rank, world, device.
+
+    patience: minutes that a rank waits for the others before the job ends; None: a week.
+    """
     for stream in (sys.stdout, sys.stderr):  # a name that cannot be printed ends no work
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors='replace')
@@ -42,7 +45,7 @@ def start(device=None, seed=0):
     if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
         rh.stop(f'--device {device}: give cpu, or cuda where PyTorch sees a GPU')
     if not dist.is_initialized():
-        start_group('gloo' if device == 'cpu' else 'nccl')
+        start_group(device, patience)
     rank = dist.get_rank()
     world = dist.get_world_size()
     endings.install()  # in place of torch.distributed's
@@ -62,8 +65,12 @@ def under_torchrun():
     return all(name in os.environ for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))
 
 
-def start_group(backend):
-    """The process group of torchrun, or one of a single rank. It is patient: shards are uneven."""
+def start_group(device, patience=None):
+    """The process group of torchrun, or one of a single rank.
+
+    GPUs talk by NCCL where there are several; one alone has nobody to talk to, and on Windows
+    there is no NCCL.
+    """
     if under_torchrun():
         try:
             store, rank, world = next(dist.rendezvous('env://'))
@@ -73,12 +80,81 @@ def start_group(backend):
         store = dist.HashStore()
         rank = 0
         world = 1
+    several_gpus = device != 'cpu' and world > 1 and dist.is_nccl_available()
+    backend = 'nccl' if several_gpus else 'gloo'
+    wait = timedelta(minutes=patience) if patience else timedelta(days=7)
+
     # after a restart, torchrun's store still has what dead ranks wrote
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=7)
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    SIGNS['store'] = store
     atexit.register(dist.destroy_process_group)
+
+
+# Ranks that do not wait for one another at every step, as those that fit avatars, show in the store
+# of the process group that they live.
+SIGNS = {'store': None, 'last': 0.0}
+SIGN_EVERY = 5.0  # seconds
+
+
+def sign_of_life():
+    """Tells the other ranks that this one goes on; cheap enough for any loop."""
+    store = SIGNS['store']
+    now = time.monotonic()
+    if store is not None and dist.get_world_size() > 1 and now - SIGNS['last'] > SIGN_EVERY:
+        SIGNS['last'] = now
+        store.set(f'sign/{dist.get_rank()}', str(now))
+
+
+def wait_for_ranks(name, minutes=4.0):
+    """Waits until all ranks call this with the same name; stops where one of them gives no sign of
+    life for so many minutes."""
+    store = SIGNS['store']
+    world = dist.get_world_size()
+    if store is None or world == 1:
+        return
+    store.set(f'done/{name}/{dist.get_rank()}', '1')
+    for rank in range(world):
+        seen = None
+        since = time.monotonic()
+        while not store.check([f'done/{name}/{rank}']):
+            key = f'sign/{rank}'
+            sign = store.get(key) if store.check([key]) else None
+            if sign != seen:
+                seen = sign
+                since = time.monotonic()
+            if time.monotonic() - since > 60 * minutes:
+                rh.stop(f'rank {rank} gave no sign of life for {minutes:g} minutes; '
+                        'the same command goes on')
+            time.sleep(0.5)
+
+
+def parallel(network, device):
+    """The network for a training step, whose gradients are averaged over the ranks, and what makes a
+    context in which they are not yet; a single rank has nobody to average with."""
+    if dist.get_world_size() == 1:
+        return network, contextlib.nullcontext
+    devices = [device] if device.type == 'cuda' else None
+    model = torch.nn.parallel.DistributedDataParallel(network, device_ids=devices)
+    return model, model.no_sync
+
+
+def summed(x):
+    """Sums a tensor over the ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def spare_cores(most=16):
+    """How many cores there are for a rank besides the one that it runs on, of those of its machine;
+    at least 1."""
+    if hasattr(os, 'sched_getaffinity'):  # of Linux: what this process may use
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    ranks = int(os.environ['LOCAL_WORLD_SIZE']) if 'LOCAL_WORLD_SIZE' in os.environ else 1
+    return min(max(cores // ranks - 1, 1), most)
 
 
 def average_gradients(parameters, active=True):
@@ -318,28 +394,38 @@ def check_tensors(content):
                 raise ValueError('a tensor larger than its bytes')
 
 
-def read_planes(path, decoder=None, folder=None, low=False):
+def read_planes(path, decoder=None, folder=None, low=False, known=False):
     """Reads what fit.py wrote of an avatar; stops where it is not as fit.py writes it, is of
     another decoder, or of other images than those in a folder.
 
-    low: only the low-resolution planes will be used, so the others' bytes are not looked at.
+    decoder: the model, or where it lies and its fingerprint. low: only the low-resolution planes
+    will be used, so the others' bytes are not looked at. known: all of it was looked at before.
     """
     advice = 'delete it and fit it again with python fit.py'
-    content = read_checkpoint(path, 'planes', 'python fit.py', whole=not low)
+    content = read_checkpoint(path, 'planes', 'python fit.py', whole=not low and not known)
     with reading(path, advice):
         check_planes(content)
-        if low and content.get('sum_of_low', 0) != provenance.of_tensor(content['low']):
-            check_archive(path, whole='sum_of_low' not in content)
-            if 'sum_of_low' in content:
-                raise ValueError('other low-resolution planes than were written')
+        if low and not known:
+            check_low(path, content)
     made_with = content.get('made_with', {'decoder': content.get('decoder')})
     if decoder is not None:
-        place = getattr(decoder, 'path', 'the one it is used with')
-        beside = {'decoder': (place, provenance.fingerprint(decoder))}
+        if isinstance(decoder, torch.nn.Module):
+            place = getattr(decoder, 'path', 'the one it is used with')
+            decoder = (place, provenance.fingerprint(decoder))
+        beside = {'decoder': decoder}
         provenance.compare(path, made_with, beside, f'{advice}, or put its decoder back')
     if folder is not None:
         provenance.check_avatar(path, made_with, folder)
     return content
+
+
+def check_low(path, content):
+    """ValueError unless low-resolution planes are as they were written; files of before, which do
+    not carry their checksum, are read as a whole."""
+    if 'sum_of_low' not in content:
+        check_archive(path, whole=True)
+    elif content['sum_of_low'] != provenance.of_tensor(content['low']):
+        raise ValueError('other low-resolution planes than were written')
 
 
 def check_planes(content):

@@ -32,6 +32,7 @@ from transforms import (
     count_frames,  # noqa: F401  # for others, who know this module alone
     frames_of,
     nearest_to_axes,
+    one_frame,
     read_frames,
     read_matrix,
     read_transforms,  # noqa: F401
@@ -47,11 +48,17 @@ def read_portrait(path, size):
 
     Returns rgb (3, size, size) in [-1, 1], not premultiplied, and alpha (1, size, size) in 0..1.
     """
-    return as_portrait(path, open_image(path), size)
+    return portrait_in_floats(portrait_pixels(path, open_image(path), size))
 
 
-def as_portrait(path, image, size):
-    """Makes of an RGBA PIL image what read_portrait returns."""
+def portrait_in_floats(pixels):
+    """uint8 RGBA (..., 4, P, P) -> rgb (..., 3, P, P) in [-1, 1] and alpha (..., 1, P, P)."""
+    rgba = pixels.float() / 255
+    return rgba[..., :3, :, :] * 2 - 1, rgba[..., 3:, :, :]
+
+
+def portrait_pixels(path, image, size):
+    """Makes of an RGBA PIL image a square portrait, uint8 RGBA (4, size, size)."""
     if min(image.size) < 16:
         rh.stop(
             f'{path}: {image.width} x {image.height} pixels are too few for a portrait; '
@@ -65,8 +72,7 @@ def as_portrait(path, image, size):
     square = Image.fromarray(squared(np.asarray(image)))
 
     square = resized(square, (size, size))
-    rgba = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
-    return rgba[:3] * 2 - 1, rgba[3:]
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 def squared(pixels):
@@ -119,6 +125,23 @@ def load_views(folder, split, box, downscale=1, most=None, pick=None):
     return views
 
 
+def load_view(folder, box, pick, factor):
+    """Loads one training view, of the frame number `pick` modulo their count, as rh.Views.
+
+    factor(height) is the integer by which an image of this height is shrunk. It costs as much with
+    hundreds of frames as with one: the others are not looked at.
+    """
+    meta, frame = one_frame(folder, 'train', pick)
+    view = read_view(meta, frame, factor, f'{folder}: train set')
+    unknown = None if view.unknown is None else torch.from_numpy(view.unknown)[None]
+    image = torch.from_numpy(np.array(view.image))[None]
+    faint = image[..., 3] <= rh.FAINT
+    if unknown is not None:
+        faint &= ~unknown
+    c2w = into_box(torch.from_numpy(view.c2w)[None], box, world_turn(folder))
+    return rh.Views(image, c2w, torch.tensor([view.intrinsics]), bool(faint.any()), unknown)
+
+
 def some_frames(frames, most, pick):
     """Selects the frame number `pick`, or `most` evenly spread frames, or all of them."""
     if pick is not None and frames:
@@ -144,7 +167,8 @@ def known_or_not(view):
 
 
 def read_view(meta, frame, downscale, where):
-    """Reads the image and the camera of a frame, shrunk by `downscale`."""
+    """Reads the image and the camera of a frame, shrunk by the integer `downscale`, or by what it
+    is as a function of the image's height."""
     image = open_posed(frame['path'], read_size(meta, frame, where))
     intrinsics = read_intrinsics(meta, frame, *image.size, where)
     lens = read_lens(meta, frame, where)
@@ -152,6 +176,8 @@ def read_view(meta, frame, downscale, where):
     if lens:
         pixels, unknown = undistort(np.asarray(image), unknown, lens, intrinsics, where)
         image = Image.fromarray(pixels)
+    if callable(downscale):
+        downscale = downscale(image.height)
     if downscale > 1:
         image = reduced(image, downscale)
         if unknown is not None:
@@ -305,6 +331,14 @@ def check_silhouettes(views, frames, folder):
 # Which way is up ----------------------------------------------------------------------------------
 def world_turn(folder):
     """Returns the rotation (3, 3) of the files' world that puts Z up; None where it is up."""
+    path, _, _ = frames_of(folder, 'train')
+    status = os.stat(path)
+    return cached_turn(str(folder), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(2 ** 17)
+def cached_turn(folder, *_):
+    """See world_turn."""
     path, _, numbered = frames_of(folder, 'train')
     matrices = []
     for i, frame in numbered:
@@ -450,20 +484,26 @@ def portrait_of(folder, size):
 
     A training view is seen as its camera is said to see it, and upright by its pose.
     """
+    return portrait_in_floats(pixels_of_portrait(folder, size))
+
+
+def pixels_of_portrait(folder, size):
+    """The portrait of an avatar as it is read, uint8 RGBA (4, size, size)."""
     path = own_portrait(folder)
     if path is not None:
-        return read_portrait(path, size)
+        return portrait_pixels(path, open_image(path), size)
     meta, frames = read_frames(folder, 'train')
     path = front_path(folder)
     frame = next(frame for frame in frames if frame['path'] == path)
-    return frame_as_portrait(folder, meta, frame, size)
+    return pixels_of_frame(folder, meta, frame, size)
 
 
-def frame_as_portrait(folder, meta, frame, size):
-    """Makes a portrait, as read_portrait does, of a training frame of an avatar."""
+def pixels_of_frame(folder, meta, frame, size):
+    """A training frame of an avatar as a portrait, uint8 RGBA (4, size, size)."""
     image = read_view(meta, frame, 1, f'{folder}: train set').image
     turned = np.rot90(image, quarter_turns(frame, world_turn(folder)))
-    return as_portrait(frame['path'], Image.fromarray(np.ascontiguousarray(turned)), size)
+    turned = Image.fromarray(np.ascontiguousarray(turned))
+    return portrait_pixels(frame['path'], turned, size)
 
 
 def quarter_turns(frame, turn):

@@ -47,8 +47,9 @@ STAGES = ('vae', 'base', 'upsample', 'clip', 'prior', 'text', 'lora')
 class Stage(NamedTuple):
     """What is special about a stage; `train` is the same for all."""
     data: torch.utils.data.Dataset  # batches.Draws
+    draw: Callable  # draw(sample) -> dict: what the loss needs of it, on the device; see batches
     network: nn.Module
-    loss: Callable  # loss(network, batch) -> dict of terms, whose sum is the loss
+    loss: Callable  # loss(network, batch) -> dict of terms, means over samples; the loss is the sum
     picture: Callable  # picture(network) -> images (6, 3, H, W) in [-1, 1]: portraits, results
 
 
@@ -90,19 +91,21 @@ def perceptual(config, vae, device):
 @torch.autocast('cpu', enabled=False)
 @torch.autocast('cuda', enabled=False)
 def image_loss(x_start, patches, config, decoder, distance):
-    """Image-level supervision (Eq. 6) of predicted planes x_start, of one patch each.
+    """Image-level supervision (Eq. 6) of predicted planes x_start (B, 3, C, R, R), the first of
+    which have a patch each.
 
-    patches: of batches.random_patch. Returns {'pixel', 'perceptual'}, sums over the patches, 0 for
-    none, over how many the whole batch has.
+    patches: of batches.random_patch. Returns {'pixel', 'perceptual'}. A sample without a patch
+    counts as 0, and one with it as much more: the mean over the samples of a whole batch is that
+    over its patches, in whatever parts they come.
     """
     device = x_start.device
-    count = min(config.patches, config.up_batch)
+    count = len(x_start) * min(config.patches, config.up_batch) / config.up_batch
     pixel = torch.zeros((), device=device)
     feature = torch.zeros((), device=device)
     for planes, patch in zip(x_start, patches):
-        rays_o = patch['rays_o'].to(device).reshape(-1, 3)
-        rays_d = patch['rays_d'].to(device).reshape(-1, 3)
-        truth = patch['rgb'].to(device)  # (3, p, p)
+        rays_o = patch['rays_o'].reshape(-1, 3)
+        rays_d = patch['rays_d'].reshape(-1, 3)
+        truth = patch['rgb']  # (3, p, p)
 
         field = rh.PlaneField(planes.clamp(-1, 1).float(), decoder)
         grid = None  # none is cheaper for small patches and planes
@@ -110,7 +113,7 @@ def image_loss(x_start, patches, config, decoder, distance):
             grid = rh.grid_by_updates(field, config, device, config.patch_grid_updates)
         rgb = rh.render(field, rays_o, rays_d, config.steps, grid).rgb
         ours = rgb.T.reshape(truth.shape)
-        truth = torch.where(patch['known'].to(device), truth, ours.detach())
+        truth = torch.where(patch['known'], truth, ours.detach())
 
         ours = ours[None] * 2 - 1
         truth = truth[None] * 2 - 1
@@ -126,39 +129,40 @@ def six_of(items):
 
 
 def portraits_of(shown, device):
-    """The portraits (B, 3, P, P) of items, on white, in [-1, 1]."""
+    """The portraits (B, 3, P, P) of items in floats, on white, in [-1, 1]."""
     images = [scenes.portrait_on_white(x['portrait'], x['alpha']) for x in shown]
     return torch.stack(images).to(device)
 
 
-def portrait_in_training(item, config):
-    """The portrait (3, P, P) of an item as training shows it: like a photograph, or as it is."""
+def portrait_in_training(sample, config):
+    """The portrait (3, P, P) of a sample as training shows it: like a photograph, or as it is."""
     if config.augment:
-        return batches.photo(item['portrait'][None], item['alpha'][None])[0]
-    return scenes.portrait_on_white(item['portrait'], item['alpha'])
+        return batches.photo(sample['portrait'][None], sample['alpha'][None])[0]
+    return scenes.portrait_on_white(sample['portrait'], sample['alpha'])
 
 
-def prepare_vae(args, config, device, world):
+def prepare_vae(args, config, device):
     items = batches.Images(args.data, config)
     network = running.build('vae', config)
     # little noise at first, or the decoder learns to ignore the latent
     network.quant_conv.bias.data[config.vae_latent:] -= 6
     crop = min(config.portrait, 96)
 
-    def draw(item, i, j):
-        image = portrait_in_training(item, config)
+    def draw(sample):
+        image = portrait_in_training(sample, config)
         y, x = (int(torch.randint(config.portrait - crop + 1, ())) for _ in range(2))
-        noise = torch.randn(config.vae_latent, crop // 8, crop // 8)
+        noise = torch.randn(config.vae_latent, crop // 8, crop // 8, device=device)
         return {'image': image[:, y:y + crop, x:x + crop], 'noise': noise}
 
     def picture(network):
-        images = portraits_of(six_of(items), device)
+        shown = [batches.in_floats(item) for item in six_of(items)]
+        images = portraits_of(shown, device)
         return torch.cat([images, network.decode(network.encode(images)[0])], dim=2)
 
-    return Stage(batches.Draws(items, draw, args.seed), network, vae_loss, picture)
+    return Stage(batches.Draws(items, args.seed), draw, network, vae_loss, picture)
 
 
-def prepare_diffusion(args, config, device, world):
+def prepare_diffusion(args, config, device):
     base = args.stage == 'base'
     items = batches.Planes(args.fits, args.data, config, low=base)
     vae = running.load_model('vae', args.runs, device)
@@ -191,25 +195,23 @@ def prepare_diffusion(args, config, device, world):
     if not base and config.patches:
         distance = perceptual(config, vae, device)
 
-    def draw(item, i, j):
-        x_start = item['x_start']
-        sample = {
+    def draw(sample):
+        x_start = sample['x_start']
+        made = {
             'x_start': x_start,
             'noise': torch.randn_like(x_start),
-            't': torch.randint(diffusion.timesteps, ()),
-            'portrait': portrait_in_training(item, config),
-            'keep': torch.rand(()) >= config.condition_drop,
+            't': torch.randint(diffusion.timesteps, (), device=device),
+            'portrait': portrait_in_training(sample, config),
+            'keep': torch.rand((), device=device) >= config.condition_drop,
         }
         if clip is not None:
-            sample['keep_vector'] = torch.rand(()) >= config.latent_drop
+            made['keep_vector'] = torch.rand((), device=device) >= config.latent_drop
         if not base:
             degrade = batches.degrade if config.up_degrade else rh.resize_planes
-            sample['lr'] = degrade(x_start[None], config.base_resolution)[0]
-            if j < config.patches:
-                sample['patch'] = batches.random_patch(
-                    items.folders[i], items.paths[i], config.patch, config.patch_front
-                )
-        return sample
+            made['lr'] = degrade(x_start[None], config.base_resolution)[0]
+        if 'patch' in sample:
+            made['patch'] = sample['patch']
+        return made
 
     def loss(network, batch):
         portrait = rh.encode_portrait(vae, batch['portrait'], config)
@@ -222,13 +224,11 @@ def prepare_diffusion(args, config, device, world):
         )
         if distance:
             patches = batch.get('patch', [])
-            image_terms = image_loss(predicted, patches, config, decoder, distance)
-            for name, term in image_terms.items():
-                terms[name] = term * world  # ranks are averaged; patches are not on every rank
+            terms |= image_loss(predicted, patches, config, decoder, distance)
         return terms
 
     def picture(network):
-        shown = six_of(items)
+        shown = [batches.in_floats(item) for item in six_of(items)]
         images = portraits_of(shown, device)
         planes = []
         for x, image in zip(shown, images):  # one at a time: planes of `paper` are large
@@ -241,7 +241,9 @@ def prepare_diffusion(args, config, device, world):
         views = torch.stack([front_view(x, decoder, config) for x in planes])
         return torch.cat([images, views.permute(0, 3, 1, 2) * 2 - 1], dim=2)
 
-    return Stage(batches.Draws(items, draw, args.seed), network, loss, picture)
+    patches = 0 if base else config.patches
+    data = batches.Draws(items, args.seed, patches, config.patch, config.patch_front)
+    return Stage(data, draw, network, loss, picture)
 
 
 def learn_prior(network, items, config):
@@ -252,7 +254,7 @@ def learn_prior(network, items, config):
 
     def planes():
         for i in range(0, len(items), -(-len(items) // 500)):
-            x = items[i]['x_start']
+            x = batches.in_floats(items[i])['x_start']
             size = x.shape[-1]
             if size == config.base_resolution:
                 yield x
@@ -363,7 +365,6 @@ def train(args, config, rank, world, device):
     steps = getattr(config, f'{prefix}_steps')
     batch = getattr(config, f'{prefix}_batch')
     lr = getattr(config, f'{prefix}_lr')
-    batch = max(batch // world, 1) * world
     bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
 
     special = {
@@ -374,10 +375,10 @@ def train(args, config, rank, world, device):
         'lora': words.prepare_lora,
     }
     prepare = special.get(args.stage, prepare_diffusion)
-    data, network, loss_of, picture = prepare(args, config, device, world)
+    data, draw, network, loss_of, picture = prepare(args, config, device)
     made_with = data.items.made_with
     if made_with:
-        made_with['planes'] = provenance.of_files(data.items.paths)
+        made_with['fitted planes'] = provenance.of_files(list(data.items.paths()))
     if args.init:
         made_with['init'] = initialise(network, args.stage, args.init)
     network.to(device)
@@ -401,23 +402,31 @@ def train(args, config, rank, world, device):
 
     if args.compile:
         network.compile()
-    devices = [device] if device.type == 'cuda' else None
-    model = nn.parallel.DistributedDataParallel(network, device_ids=devices)
-    indices = batches.indices(len(data.items), batch, begin, steps, args.seed, rank, world)
-    loader = torch.utils.data.DataLoader(
-        data, batch_sampler=indices, collate_fn=batches.collate, num_workers=args.workers
-    )
-    bar = tqdm(loader, initial=begin, total=steps, disable=rank > 0, desc=args.stage)
+    model, alone = running.parallel(network, device)
+    parts, weight = batches.shares(batch, rank, world, args.micro_batch)
+    indices = batches.indices(len(data.items), batch, begin, steps, args.seed, parts)
+    samples = iter(loader_of(data, indices, args.workers, device))
+    bar = tqdm(range(begin, steps), initial=begin, total=steps, disable=rank > 0, desc=args.stage)
 
-    for step, items in enumerate(bar, start=begin):
+    for step in bar:
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(lr, step, steps, config)
-        items = {k: v.to(device) if torch.is_tensor(v) else v for k, v in items.items()}
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            terms = loss_of(model, items)
+        # The gradient of the whole batch's mean, in parts: ranks' gradients are averaged after the
+        # last of them, and the sum over the ranks is meant
         optimizer.zero_grad()
-        sum(terms.values()).backward()
+        total = {}
+        for places in parts:
+            is_last = places is parts[-1]
+            waiting = contextlib.nullcontext() if is_last else alone()
+            items = batches.drawn(next(samples), draw, device)
+            share = weight * len(places)
+            with waiting:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    terms = loss_of(model, items)
+                (sum(terms.values()) * share * world).backward()
+            for name, term in terms.items():
+                total[name] = total.get(name, 0) + share * term.detach()
 
         # The norm is of the averaged gradients: the same on all ranks, so all of them step, or none
         norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad or math.inf)
@@ -426,13 +435,14 @@ def train(args, config, rank, world, device):
             ema.update(network)
 
         last = step == steps - 1
-        if rank == 0 and (step % max(args.log_every, 1) == 0 or last):
-            values = {k: round(v.item(), 6) for k, v in terms.items()}
+        if step % max(args.log_every, 1) == 0 or last:
+            values = over_ranks(total)
             if finite.skipped:
                 values['skipped'] = finite.skipped
             bar.set_postfix(values)
-            with open(log, 'a') as file:
-                file.write(json.dumps({'step': step, **values}) + '\n')
+            if rank == 0:
+                with open(log, 'a') as file:
+                    file.write(json.dumps({'step': step, **values}) + '\n')
 
         if rank == 0 and ((step + 1) % max(args.save_every, 1) == 0 or last):
             running.synchronise(log)
@@ -456,6 +466,27 @@ def train(args, config, rank, world, device):
     dist.barrier()
 
 
+def loader_of(data, indices, workers, device):
+    """The samples of each list of indices, a list, read by so many processes (None: as many as this
+    rank has cores for; on the CPU, which trains meanwhile, none)."""
+    if workers is None:
+        workers = 0 if device.type == 'cpu' else running.spare_cores()
+    return torch.utils.data.DataLoader(
+        data,
+        batch_sampler=indices,
+        collate_fn=list,
+        num_workers=workers,
+        pin_memory=device.type == 'cuda',
+    )
+
+
+def over_ranks(total):
+    """The terms of the whole batch's loss, as numbers: sums over the ranks' shares of them."""
+    values = torch.stack([term.float() for term in total.values()])
+    numbers = running.summed(values).tolist()
+    return {name: round(x, 6) for name, x in zip(total, numbers, strict=True)}
+
+
 def write_weights(args, config, network, ema, step, made_with):
     """Writes what a stage is for: a model, or a LoRA."""
     if args.stage == 'lora':
@@ -470,7 +501,7 @@ def main(args):
         config = words.make_settings(args.sd, args.set)
     else:
         config = rh.make_config(args.preset, args.set)
-    rank, world, device = running.start(args.device, args.seed)
+    rank, world, device = running.start(args.device, args.seed, args.patience)
     if args.stage == 'vae' and (args.vae or config.vae_steps == 0):  # nothing to train
         if args.vae:
             encoder = running.load_vae(args.vae, config)
@@ -513,10 +544,18 @@ def parse(argv=None):
                    help='begin with the weights of FOLDER/<stage>.pt (not for lora)')
     p.add_argument('--sd', default=words.SD,
                    help='with --stage lora: folder or model id of a Stable Diffusion pipeline')
-    p.add_argument('--workers', type=int, default=0, help='processes that read data')
+    p.add_argument('--workers', type=int,
+                   help='processes of each rank that read data (default: one a core that is left '
+                        'on a GPU machine, else none)')
+    p.add_argument('--micro-batch', type=int, default=0, metavar='N',
+                   help='samples of a rank that are in memory at a time (default: all of a step); '
+                        'changes nothing else')
     p.add_argument('--log-every', type=int, default=20, help='steps between log lines')
     p.add_argument('--save-every', type=int, default=500,
                    help='steps between checkpoints and pictures')
+    p.add_argument('--patience', type=float, default=4, metavar='MINUTES',
+                   help='the job ends where a rank keeps the others waiting for longer; give more '
+                        'where a checkpoint takes as long to write')
     p.add_argument('--compile', action='store_true',
                    help='torch.compile the network: a minute at the start, faster steps')
     p.add_argument('--bf16', action=argparse.BooleanOptionalAction,
@@ -526,8 +565,12 @@ def parse(argv=None):
     p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE',
                    help='override settings of the preset')
     args = p.parse_args(argv)
-    if not 0 <= args.workers <= 1024 or min(args.log_every, args.save_every) < 0:
-        rh.stop('--workers takes 0 to 1024, --log-every and --save-every at least 0')
+    if args.workers is not None and not 0 <= args.workers <= 1024:
+        rh.stop('--workers takes 0 to 1024')
+    if not 0 < args.patience < 10 ** 6:
+        rh.stop('--patience takes a positive number of minutes')
+    if min(args.log_every, args.save_every, args.micro_batch) < 0:
+        rh.stop('--log-every, --save-every and --micro-batch take at least 0')
     if args.init and args.stage == 'lora':
         p.error('--init: not with --stage lora')
     return args

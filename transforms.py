@@ -80,9 +80,12 @@ def read_json(path):
         rh.stop(f'{path}: not readable as JSON ({ascii(str(error))[1:80]})')
 
 
-def usable_frames(path, numbered):
-    """Checks frames, given as pairs of number and dict, and returns those that can be used."""
-    files = Files(path)
+def usable_frames(path, numbered, files=None):
+    """Checks frames, given as pairs of number and dict, and returns those that can be used.
+
+    files: the Files of that path, if they are there already.
+    """
+    files = files or Files(path)
     frames = []
     matrices = []
     missing = []
@@ -307,6 +310,20 @@ def read_frames(folder, split):
     if path is None:
         return {'frames': []}, []
     return meta, usable_frames(path, numbered)
+
+
+def one_frame(folder, split, pick):
+    """Returns the dict of a transforms file and the usable frame that is number `pick` of a split,
+    modulo their count, or where that cannot be used the next one that can."""
+    path, meta, numbered = frames_of(folder, split)
+    files = Files(path)
+    for i in range(len(numbered)):
+        number, frame = numbered[(pick + i) % len(numbered)]
+        name = frame.get('file_path')
+        has_matrix = frame.get('transform_matrix') is not None
+        if name and has_matrix and files.find(name, 'file_path') is not None:
+            return meta, usable_frames(path, [(number, frame)], files)[0]
+    return meta, usable_frames(path, numbered)[0]  # stops, and says why
 
 
 def count_frames(folder, split):

@@ -366,9 +366,9 @@ def load_for_training(config, device):
     return pipe, scheduler
 
 
-def prepare_lora(args, config, device, world):
-    """Prepares what train.prepare_vae does, for a LoRA: data, network, loss and picture, which
-    takes the weights and not a network."""
+def prepare_lora(args, config, device):
+    """Prepares what train.prepare_vae does, for a LoRA: data, draw, network, loss and picture,
+    which takes the weights and not a network."""
     packages()
     pairs = read_captions(args.data, config.trigger)
     pipe, scheduler = load_for_training(config, device)
@@ -389,14 +389,14 @@ def prepare_lora(args, config, device, world):
     no_words = tokenize([''])[0]
     config.captions = zlib.crc32('\n'.join(items.captions).encode())
 
-    def draw(item, i, j):
+    def draw(sample):
         keep = torch.rand(()) >= config.caption_drop
         return {
-            'image': item['image'],
-            'ids': item['ids'] if keep else no_words,
-            't': torch.randint(scheduler.config.num_train_timesteps, ()),
-            'posterior': torch.randn(latent_shape),
-            'noise': torch.randn(latent_shape),
+            'image': sample['image'],
+            'ids': sample['ids'] if keep else no_words.to(device),
+            't': torch.randint(scheduler.config.num_train_timesteps, (), device=device),
+            'posterior': torch.randn(latent_shape, device=device),
+            'noise': torch.randn(latent_shape, device=device),
         }
 
     def loss(network, batch):
@@ -425,7 +425,7 @@ def prepare_lora(args, config, device, world):
         images = torch.stack([items[i]['image'] for i in shown]).to(device)
         return torch.cat([images, torch.stack(drawn) * 2 - 1], dim=2)
 
-    return batches.Draws(items, draw, args.seed), network, loss, picture
+    return batches.Draws(items, args.seed), draw, network, loss, picture
 
 
 def write_lora(path, network, state, trigger):

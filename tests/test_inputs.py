@@ -601,8 +601,8 @@ def test_images_are_looked_for_when_they_are_asked_for(case, tiny, monkeypatch):
     assert len(items) == 8
     monkeypatch.undo()
     expected = scenes.read_portrait(case.folder / 'r_8.png', tiny.portrait)
-    assert torch.equal(items[7]['portrait'], expected[0])
-    assert torch.equal(items[-1]['alpha'], expected[1])
+    assert torch.equal(batches.in_floats(items[7])['portrait'], expected[0])
+    assert torch.equal(batches.in_floats(items[-1])['alpha'], expected[1])
 
 
 def test_surroundings_are_told(case, capsys):

@@ -115,7 +115,7 @@ def test_files_of_before_are_read(copy, tiny):
 def test_another_decoder_is_noticed_by_training(copy, tiny, stage):
     write_decoder(copy, tiny, seed=1)
     args = train.parse(['--stage', stage, '--preset', 'tiny', *folders_of(copy)])
-    refused(lambda: train.prepare_diffusion(args, tiny, 'cpu', 1), 'avatar_0000.pt', 'decoder.pt')
+    refused(lambda: train.prepare_diffusion(args, tiny, 'cpu'), 'avatar_0000.pt', 'decoder.pt')
 
 
 def test_another_decoder_is_noticed_by_the_models(copy, tiny):

@@ -184,24 +184,28 @@ def logged(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_two_ranks_do_the_mathematics_of_one(trained):
-    """20 steps of a batch of 4: weights of two ranks with 2 samples each against those of one rank.
+def test_three_ranks_do_the_mathematics_of_one(trained):
+    """20 steps of a batch of 4: weights of three ranks with 2, 1 and 1 samples, one at a time,
+    against those of one rank.
 
     Of the base network: in the others some gradients are zero but for rounding (a bias before a
     normalisation by channel), and Adam makes steps of such.
     """
     settings = ('base_steps=20', 'base_batch=4')
     train.main(train.parse(training(trained, 'one', 'base', *settings)))
-    two_ranks = training(trained, 'two', 'base', *settings)
-    assert_succeeds(start(ROOT / 'train.py', *two_ranks, ranks=2), timeout=240)
+    one_at_a_time = ['--micro-batch', 1]
+    three_ranks = training(trained, 'three', 'base', *settings, options=one_at_a_time)
+    assert_succeeds(start(ROOT / 'train.py', *three_ranks, ranks=3), timeout=240)
 
     weights = []
-    for runs in ('one', 'two'):
+    for runs in ('one', 'three'):
         state = running.read_checkpoint(trained / runs / 'base-state.pt', 'base-state')
         weights.append(torch.cat([x.flatten() for x in state['model'].values()]))
-    one, two = weights
-    assert (one - two).norm() < 1e-5 * one.norm()
-    assert not torch.equal(one, two)
+    one, three = weights
+    assert (one - three).norm() < 1e-5 * one.norm()
+    assert not torch.equal(one, three)
+    losses = [logged(trained / runs / 'base.jsonl')[0]['mse'] for runs in ('one', 'three')]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # of the whole batch
 
 
 def test_training_begins_with_weights_that_are_there(trained):
@@ -238,14 +242,15 @@ def test_gradients_of_two_halves_are_those_of_the_whole(trained, stage):
     gradients = []
     for world in (1, 2):
         torch.manual_seed(0)
-        samples, network, loss, _ = prepare(args, config, 'cpu', world)
+        data, draw, network, loss, _ = prepare(args, config, 'cpu')
         learning = [p for p in network.parameters() if p.requires_grad]
         for p in learning:  # no branch starts at zero, and gradients outweigh rounding
             torch.nn.init.normal_(p, std=0.2)
 
         for rank in range(world):
-            indices = next(batches.indices(2, 4, 3, 4, 0, rank, world))
-            batch = batches.collate([samples[i] for i in indices])
+            parts, _ = batches.shares(4, rank, world)
+            indices = next(batches.indices(2, 4, 3, 4, 0, parts))
+            batch = batches.drawn([data[i] for i in indices], draw, 'cpu')
             if stage == 'vae':  # an absolute error changes its sign with a rounding: in doubles
                 network = network.double()
                 batch = {name: x.double() for name, x in batch.items()}

@@ -162,9 +162,9 @@ def trained(sd, portraits, tmp_path_factory):
 
 
 def prepared(sd, portraits, runs):
-    """What train.py's loop is told of a LoRA: data, network, loss, picture."""
+    """What train.py's loop is told of a LoRA: data, draw, network, loss, picture."""
     settings = words.make_settings(sd)
-    return words.prepare_lora(command(sd, portraits, runs), settings, torch.device('cpu'), 1)
+    return words.prepare_lora(command(sd, portraits, runs), settings, torch.device('cpu'))
 
 
 def assert_one_line(stopped):
@@ -358,8 +358,8 @@ def test_what_training_wants_the_network_to_say(portraits, tmp_path, prediction)
     """A network that knows the noise, or the velocity by its formula, has no loss; latents are VAE
     samples in the pipeline's scale."""
     folder = tiny_pipeline(tmp_path / 'tiny', prediction)
-    data, network, loss, _ = prepared(folder, portraits, tmp_path)
-    batch = {name: x[None] for name, x in data[0, 0, 0].items()}
+    data, draw, network, loss, _ = prepared(folder, portraits, tmp_path)
+    batch = batches.drawn([data[0, 0, 0]], draw, 'cpu')
 
     vae = diffusers.AutoencoderKL.from_pretrained(folder / 'vae')
     moments = vae.encode(batch['image']).latent_dist
