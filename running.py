@@ -130,8 +130,8 @@ def wait_for_ranks(name, minutes=4.0):
 
 
 def parallel(network, device):
-    """The network for a training step, whose gradients are averaged over the ranks, and what makes a
-    context in which they are not yet; a single rank has nobody to average with."""
+    """The network for a training step, whose gradients are averaged over the ranks, and what makes
+    a context in which they are not yet. A single rank has nobody to average with."""
     if dist.get_world_size() == 1:
         return network, contextlib.nullcontext
     devices = [device] if device.type == 'cuda' else None
