@@ -20,6 +20,7 @@ pytest.importorskip('peft', reason='needs peft')
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+import batches  # noqa: E402
 import running  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
