@@ -8,10 +8,19 @@ import sys
 import threading
 
 
+def is_stop(kind):
+    """Whether an exception is rodinhd.Stop, which imports PyTorch."""
+    method = sys.modules.get('rodinhd')
+    return method is not None and issubclass(kind, method.Stop)
+
+
 def one_line(kind, error, trace):
-    """sys.excepthook of all scripts: a full disk, a folder in place of a file, too little memory
-    and Ctrl-C are said in one line."""
-    if not issubclass(kind, (OSError, MemoryError, KeyboardInterrupt)):
+    """sys.excepthook of all scripts: rodinhd.Stop, a full disk, a folder in place of a file, too
+    little memory and Ctrl-C are said in one line."""
+    if is_stop(kind):  # from a process of a DataLoader it comes with its trace: the last line is it
+        last = str(error).splitlines()[-1].removeprefix('rodinhd.Stop: ')
+        print(f'error: {last}', file=sys.stderr)
+    elif not issubclass(kind, (OSError, MemoryError, KeyboardInterrupt)):
         sys.__excepthook__(kind, error, trace)
     elif issubclass(kind, MemoryError):
         print('error: out of memory', file=sys.stderr)

@@ -71,6 +71,8 @@ def decoded(path, turn, shrinks):
                     'scale the image down to at most 8192 x 8192'
                 )
             result = to_srgb(path, image, turn(image))
+    except rh.Stop:
+        raise
     except FileNotFoundError:
         rh.stop(f'{path}: there is no such image')
     except Exception as error:  # PIL raises many types on damaged files

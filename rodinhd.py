@@ -251,9 +251,17 @@ PRESETS = {
 }
 
 
+class Stop(Exception):
+    """What cannot be done, in one line that says what, where and what to do.
+
+    The project's functions raise nothing else on bad input; scripts print it and end with exit
+    status 1 (see endings.py).
+    """
+
+
 def stop(message):
-    """Ends the program with one line on stderr and exit status 1."""
-    raise SystemExit(f'error: {message}')
+    """Raises Stop with one line."""
+    raise Stop(message)
 
 
 @functools.cache

@@ -44,10 +44,9 @@ def names_of(*kinds):
 
 def refusal(*overrides, preset='small'):
     """How make_config says, in one line, that it refuses overrides."""
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(rh.Stop) as error:
         rh.make_config(preset, overrides)
     message = str(error.value)
-    assert message.startswith('error: ')
     assert '\n' not in message
     return message
 

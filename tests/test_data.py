@@ -121,7 +121,7 @@ def test_avatars_of_a_folder_or_one_alone(tmp_path):
     scene(tmp_path / '.tmp-c')
     assert [path.name for path in scenes.list_avatars(tmp_path)] == ['a', 'b']
     assert scenes.list_avatars(tmp_path / 'a') == [tmp_path / 'a']
-    with pytest.raises(SystemExit, match='no avatars'):
+    with pytest.raises(rh.Stop, match='no avatars'):
         scenes.list_avatars(tmp_path / 'a' / 'nothing')
 
 
@@ -164,7 +164,7 @@ def having(**values):
 ])
 def test_bad_transforms_end_in_one_line(tmp_path, rewrite, message):
     folder = scene(tmp_path / 'a', rewrite)
-    with pytest.raises(SystemExit, match=message) as error:
+    with pytest.raises(rh.Stop, match=message) as error:
         scenes.load_views(folder, 'train', scenes.read_box(folder))
     assert '\n' not in str(error.value)
     assert str(tmp_path) in str(error.value)
@@ -173,7 +173,7 @@ def test_bad_transforms_end_in_one_line(tmp_path, rewrite, message):
 @pytest.mark.parametrize('text', ['', '{', '[1, 2]', '"x"', '[' * 100_000, '\xff\xfe'])
 def test_bad_json_ends_in_one_line(tmp_path, text):
     (tmp_path / 'transforms.json').write_text(text, encoding='latin-1')
-    with pytest.raises(SystemExit, match=r'not readable as JSON|no frames'):
+    with pytest.raises(rh.Stop, match=r'not readable as JSON|no frames'):
         scenes.read_box(tmp_path)
 
 
@@ -230,7 +230,7 @@ def test_bad_portraits_end_in_one_line(tmp_path):
         'huge': 'too many',
         'folder': 'not a readable',
     }.items():
-        with pytest.raises(SystemExit, match=message) as error:
+        with pytest.raises(rh.Stop, match=message) as error:
             scenes.read_portrait(tmp_path / f'{name}.png', 32)
         assert '\n' not in str(error.value)
 
@@ -242,19 +242,19 @@ def test_checkpoints_that_are_not_ours(tmp_path, tiny):
 
     whole = (tmp_path / 'vae.pt').read_bytes()
     (tmp_path / 'base.pt').write_bytes(whole)
-    with pytest.raises(SystemExit, match="kind 'vae', expected 'base'"):
+    with pytest.raises(rh.Stop, match="kind 'vae', expected 'base'"):
         running.load_model('base', tmp_path, 'cpu')
 
     (tmp_path / 'base.pt').write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(SystemExit, match='damaged'):
+    with pytest.raises(rh.Stop, match='damaged'):
         running.load_model('base', tmp_path, 'cpu')
 
-    with pytest.raises(SystemExit, match=r'make it with python train.py --stage upsample'):
+    with pytest.raises(rh.Stop, match=r'make it with python train.py --stage upsample'):
         running.load_model('upsample', tmp_path, 'cpu')
 
     of_another_program = {'kind': 'upsample', 'config': {'width': 3}, 'model': {}}
     torch.save(of_another_program, tmp_path / 'upsample.pt')
-    with pytest.raises(SystemExit, match='does not fit'):
+    with pytest.raises(rh.Stop, match='does not fit'):
         running.load_model('upsample', tmp_path, 'cpu')
 
 
@@ -264,7 +264,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
             return os.mkdir, (str(tmp_path / 'owned'),)
 
     torch.save({'kind': 'planes', 'x': Evil()}, tmp_path / 'evil.pt')
-    with pytest.raises(SystemExit, match='not a readable checkpoint'):
+    with pytest.raises(rh.Stop, match='not a readable checkpoint'):
         running.read_checkpoint(tmp_path / 'evil.pt', 'planes')
     assert not (tmp_path / 'owned').exists()
 
@@ -272,10 +272,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     running.write_checkpoint(tmp_path / 'a.pt', 'planes', {'x': 1})
     cannot_be_pickled = {'x': lambda: 0}
-    with pytest.raises((SystemExit, AttributeError, TypeError)):
+    with pytest.raises((rh.Stop, AttributeError, TypeError)):
         running.write_checkpoint(tmp_path / 'a.pt', 'planes', cannot_be_pickled)
     assert running.read_checkpoint(tmp_path / 'a.pt', 'planes')['x'] == 1
 
     (tmp_path / 'file').write_text('')
-    with pytest.raises(SystemExit, match='cannot be written'):
+    with pytest.raises(rh.Stop, match='cannot be written'):
         running.write_checkpoint(tmp_path / 'file' / 'b.pt', 'planes', {})

@@ -102,7 +102,7 @@ def test_commands_parse(page, capsys):
     for command in commands_of(page):
         try:
             check_command(command)
-        except (SystemExit, StopIteration, AssertionError) as error:
+        except (SystemExit, rh.Stop, StopIteration, AssertionError) as error:
             line = ' '.join(command)
             pytest.fail(f'{page.name}: {line}: {error} {capsys.readouterr().err}')
 

@@ -111,9 +111,9 @@ def test_fid_on_random_weights_is_the_direct_computation(inception, tiny):
 def test_networks_of_others_are_asked_for_by_name(tiny):
     pytest.importorskip('torch_fidelity')
     advice = r'FID: .nowhere.pth. did not give .*give torch-fidelity.s weights-inception-2015'
-    with pytest.raises(SystemExit, match=advice):
+    with pytest.raises(rh.Stop, match=advice):
         metrics.extractors(rh.VAE(tiny), 'nowhere.pth')
-    with pytest.raises(SystemExit, match=r'--judge csim=nowhere.pt.*TorchScript'):
+    with pytest.raises(rh.Stop, match=r'--judge csim=nowhere.pt.*TorchScript'):
         metrics.read_judges(['csim=nowhere.pt'])
 
 
@@ -286,5 +286,5 @@ def test_every_figure(tmp_path, trained, data, name):
 
 
 def test_a_figure_says_what_it_needs(trained):
-    with pytest.raises(SystemExit, match='epipolar needs --portrait'):
+    with pytest.raises(rh.Stop, match='epipolar needs --portrait'):
         draw_figure('epipolar', trained)

@@ -179,7 +179,7 @@ def test_thin_air_has_no_mesh():
         return torch.full((len(points),), 1e-4), dirs
 
     grid = rh.grid_for(air, rh.make_config('tiny'))
-    with pytest.raises(SystemExit, match='nothing in this avatar is denser than 5'):
+    with pytest.raises(rh.Stop, match='nothing in this avatar is denser than 5'):
         meshes.mesh_of(air, grid, N=32)
 
 

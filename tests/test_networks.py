@@ -180,7 +180,7 @@ def test_vae_loads_published_files(tmp_path, tiny, suffix):
 def test_vae_that_does_not_fit_is_refused_in_one_line(tmp_path, tiny):
     torch.save(random_weights(published_vae((8, 8, 8, 8), 1)), tmp_path / 'vae.bin')
     reason = r'not weights of this VAE .RuntimeError: .*Missing key'
-    with pytest.raises(SystemExit, match=reason) as stopped:
+    with pytest.raises(rh.Stop, match=reason) as stopped:
         running.load_vae(tmp_path / 'vae.bin', tiny)
     assert '\n' not in str(stopped.value)
 

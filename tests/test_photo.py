@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import photo
+import rodinhd as rh
 
 PUPILS = np.array([[203.4, 100.8], [246.8, 103.1]])  # of the astronaut, in pixels
 EYE_COLUMNS = (111.5, 143.9)  # where the portraits have them in the square
@@ -26,10 +27,10 @@ def astronaut():
 def refused(path, image, **how):
     """The line in which align refuses an image."""
     image.save(path)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(rh.Stop) as stopped:
         photo.align(path, 64, **how)
     line = str(stopped.value)
-    assert line.startswith(f'error: {path}: ')
+    assert line.startswith(f'{path}: ')
     assert '\n' not in line
     return line
 
@@ -178,7 +179,7 @@ def test_without_its_package_it_says_what_to_install(monkeypatch, tmp_path, modu
     """The package may be missing, or be a version without the cascades."""
     monkeypatch.setitem(sys.modules, 'cv2', module)
     Image.new('RGB', (64, 64)).save(tmp_path / 'a.png')
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(rh.Stop) as stopped:
         photo.align(tmp_path / 'a.png', 64)
     line = str(stopped.value)
     assert 'pip install "opencv-python-headless<5"' in line
@@ -187,7 +188,7 @@ def test_without_its_package_it_says_what_to_install(monkeypatch, tmp_path, modu
 
 
 def test_no_photograph_at_all(tmp_path):
-    with pytest.raises(SystemExit, match='there is no such image'):
+    with pytest.raises(rh.Stop, match='there is no such image'):
         photo.align(tmp_path / 'a.png', 64)
 
 

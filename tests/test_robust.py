@@ -88,6 +88,31 @@ def test_a_folder_that_is_a_file_ends_in_one_line(tmp_path):
     assert_ended_in_one_line(process, 'error: ', 'fits')
 
 
+IN_A_PROCESS = '''
+import torch
+import endings
+import rodinhd as rh
+
+class Damaged(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, i):
+        rh.stop('a.png: not a readable image')
+
+next(iter(torch.utils.data.DataLoader(Damaged(), num_workers=1)))
+'''
+
+
+def test_what_a_process_of_a_loader_refuses_is_one_line(tmp_path):
+    process = start(IN_A_PROCESS, cwd=tmp_path)
+    assert_ended_in_one_line(process, 'error: a.png: not a readable image')
+
+
+def test_functions_raise_an_exception_that_callers_can_catch():
+    with pytest.raises(Exception, match='no such setting'):
+        rh.make_config('tiny', ['nothing=1'])
+
+
 CLAIMS = '''
 import sys
 import time
@@ -121,7 +146,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop():
     assert taken == [True, False, False, True, False]
     assert finite.skipped == 3
     assert not finite(good, torch.tensor(float('inf')))
-    with pytest.raises(SystemExit, match='stage: loss or gradient not finite 3 times in a row'):
+    with pytest.raises(rh.Stop, match='stage: loss or gradient not finite 3 times in a row'):
         finite(bad)
 
 
@@ -223,10 +248,10 @@ def test_training_begins_with_weights_that_are_there(trained):
     anew = run('anew', 'vae_steps=1', 'vae_lr=1e-6')
     assert distance(after, first) < 1e-4 < distance(anew, first)
 
-    with pytest.raises(SystemExit, match=r'settings \(init\)'):
+    with pytest.raises(rh.Stop, match=r'settings \(init\)'):
         run('after', 'vae_steps=1', 'vae_lr=1e-6')
     message = r'vae\.pt: has other sizes than asked for; use --preset tiny'
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(rh.Stop, match=message):
         run('sizes', 'vae_steps=1', 'vae_latent=8', options=from_first)
     with pytest.raises(SystemExit):
         train.parse(['--stage', 'lora', '--init', 'weights'])
@@ -327,5 +352,5 @@ def test_two_fits_on_one_folder_share_the_avatars(trained, tmp_path, tiny):
     for name in ('avatar_0000', 'avatar_0001'):
         saved = running.read_checkpoint(tmp_path / f'fits/{name}.pt', 'planes')
         assert saved['planes'].isfinite().all()
-    with pytest.raises(SystemExit, match=r'fitted with other settings \(fit_steps\)'):
+    with pytest.raises(rh.Stop, match=r'fitted with other settings \(fit_steps\)'):
         fit.main(fit.parse([*command, 'fit_steps=31']))
