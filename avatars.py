@@ -21,7 +21,6 @@ from typing import NamedTuple
 import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import rodinhd as rh
 import running
@@ -550,7 +549,7 @@ def main(args):
     left = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are small: more threads are slower
-    bar = tqdm(running.claimed(folders, Path, left), total=args.count, unit='avatar')
+    bar = running.Bar(running.claimed(folders, Path, left), total=args.count, desc='avatars')
     for folder in bar:
         if folder.exists():
             check_folder(folder, args)
@@ -566,7 +565,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.error = rh.stop
+    p.error = lambda message: rh.stop(message)
     p.add_argument('--preset', choices=PRESETS, default='small', help='sets the next four')
     p.add_argument('--count', type=int, help='avatars')
     p.add_argument('--size', type=int, help='pixels a side')

@@ -40,7 +40,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 import batches
 import likeness
@@ -619,7 +618,7 @@ def evaluate(args, rank, world, device):
     results = {}
     features = {}
     sheet = Sheet()
-    for folder in tqdm(folders[rank::world], disable=rank > 0, desc='evaluating'):
+    for folder in running.Bar(folders[rank::world], disable=rank > 0, desc='evaluating'):
         subject = read_subject(folder, args, config.portrait, photographs)
         true_features = [features_of(image, extract) for image in subject.truth]
         rows = {}
@@ -767,7 +766,7 @@ def consistency(args, rank, world, device):
 
     results = {}
     sheet = Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
-    for folder in tqdm(folders[rank::world], disable=rank > 0, desc='consistency'):
+    for folder in running.Bar(folders[rank::world], disable=rank > 0, desc='consistency'):
         rgb, alpha = scenes.portrait_of(folder, models['upsample'].config.portrait)
         image = scenes.portrait_on_white(rgb, alpha)
         fitting = likeness_steps(args, models)
@@ -847,7 +846,8 @@ def unconditional(args, rank, world, device):
 
     samples = {}  # {number: frontal view}
     pairs = []  # of each other view, [features_of ours, features_of the truth]
-    for i in tqdm(range(rank, args.unconditional, world), disable=rank > 0, desc='unconditional'):
+    mine = range(rank, args.unconditional, world)
+    for i in running.Bar(mine, disable=rank > 0, desc='unconditional'):
         planes = rh.generate(models, 1, seed=args.seed + i).planes[0]
         avatar = Avatar(planes, models['decoder'])
         samples[i] = photograph(avatar, front, device).images[0]

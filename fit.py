@@ -23,7 +23,6 @@ from pathlib import Path
 import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import provenance
 import rodinhd as rh
@@ -177,7 +176,7 @@ class Tasks:
         self.state = args.fits / 'decoder-state'
         self.rounds = -(-len(folders) // self.world)
         self.terms = {}  # of the loss, as they were reported last
-        self.bar = tqdm(
+        self.bar = running.Bar(
             total=config.outer * self.rounds,
             initial=begin,
             disable=self.rank > 0,
@@ -464,7 +463,7 @@ def fit_planes(args, config, rank, world, device):
     left = []
     folders = avatars_of(args.data)[:args.count]
     share = folders[rank::world]
-    bar = tqdm(total=len(share), disable=rank > 0, desc='avatars')
+    bar = running.Bar(total=len(share), disable=rank > 0, desc='avatars')
 
     def place(folder):
         return args.fits / f'{folder.name}.pt'

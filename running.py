@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import endings
 import provenance
@@ -27,6 +28,7 @@ import rodin
 import rodinhd as rh
 import shortcuts
 
+SECONDS_A_LINE = 10  # of progress, in a file
 MOST_SEEDS = 2 ** 62  # what is drawn from a seed takes up to twice of it, and more, of 64 bits
 
 # Ranks --------------------------------------------------------------------------------------------
@@ -177,6 +179,39 @@ def average_gradients(parameters, active=True):
     sizes = [p.numel() for p in parameters]
     for p, gradient in zip(parameters, flat[:-1].split(sizes), strict=True):
         p.grad = gradient.view_as(p).clone()
+
+
+# Progress -----------------------------------------------------------------------------------------
+class Bar(tqdm):
+    """A progress bar of tqdm; into a file or a pipe it writes a line now and then, and no \\r."""
+
+    def __init__(self, *args, **how):
+        self.live = sys.stderr.isatty()
+        if not self.live:
+            how = {'mininterval': SECONDS_A_LINE, 'maxinterval': 10 * SECONDS_A_LINE, **how}
+        super().__init__(*args, **how)
+
+    def status_printer(self, file):
+        """What shows a text; tqdm itself ends the last line."""
+        if self.live:
+            return tqdm.status_printer(file)
+        shown = []
+
+        def show(text):
+            if text and text not in shown[-1:]:
+                file.write('\n' * bool(shown) + text)
+                file.flush()
+                shown.append(text)
+
+        return show
+
+    def set_postfix_str(self, s='', refresh=True):
+        """Says something behind the bar: at once, or in a file with the next line."""
+        super().set_postfix_str(s, refresh and self.live)
+
+    def set_postfix(self, ordered_dict=None, refresh=True, **values):
+        """Says values behind the bar: at once, or in a file with the next line."""
+        super().set_postfix(ordered_dict, refresh and self.live, **values)
 
 
 # Files --------------------------------------------------------------------------------------------

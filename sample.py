@@ -26,7 +26,6 @@ and what --mesh and --splats name. --interpolate writes strip.png, front and sid
 place of grid.png and viewers.
 """
 import argparse
-import functools
 import itertools
 import math
 import os
@@ -38,7 +37,6 @@ from typing import NamedTuple
 
 import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
-from tqdm import tqdm
 
 import export
 import likeness
@@ -52,13 +50,11 @@ import splats
 import words
 
 AT_ONCE = 8  # avatars that are sampled together, with planes of 128 x 128 texels
-OURS = (  # files that a run may leave in its folder, besides meshes
+OURS = (  # files that a run may leave in its folder, besides meshes and splats
     r'(align|portrait)\d*\.png|(grid|strip|prompt)\.png|turntable\.(webp|gif|mp4)|'
     r'viewer\d*\.html|planes\.pt'
 )
 SPLATS = ('.ply', '.glb')
-
-sampling_bar = functools.partial(tqdm, desc='sampling')
 
 
 class Portraits(NamedTuple):
@@ -115,6 +111,8 @@ def check(args):
         portraits += 1
     if args.crop and (args.unconditional or portraits != 1):
         rh.stop('--crop goes with one portrait')
+    if args.align and args.unconditional:
+        rh.stop('--align has nothing to align with --unconditional: give a --portrait')
     if args.lora and args.prompt is None:
         rh.stop('--lora goes with --prompt')
 
@@ -192,7 +190,7 @@ def before(folder):
     content = running.read_checkpoint(path, 'avatars', whole=False)
     with running.reading(path, 'delete it'):
         content['made_with'] = {'source': None, **content.get('made_with', {})}
-        return {name: content.get(name) for name in ('made_with', 'mesh')}
+        return {name: content.get(name) for name in ('made_with', 'mesh', 'splats')}
 
 
 def states_of(folder):
@@ -203,13 +201,13 @@ def states_of(folder):
     return {path: (state.st_ino, state.st_mtime_ns) for path, state in states.items()}
 
 
-def remove_old(folder, states, mesh):
-    """Removes what an earlier run, whose mesh had this name, has left and this one has not
-    written. states: states_of the folder before it."""
+def remove_old(folder, states, shapes=()):
+    """Removes what an earlier run, whose meshes and splats had these names, has left and this one
+    has not written. states: states_of the folder before it."""
     ours = OURS
-    if mesh:
-        path = Path(mesh)
-        ours = rf'{OURS}|{re.escape(path.stem)}\d*{re.escape(path.suffix)}'
+    for path in map(Path, shapes):
+        suffixes = rf'{re.escape(path.suffix)}|\.mtl|-texture\.png'
+        ours += rf'|{re.escape(path.stem)}\d*({suffixes})'
     now = states_of(folder)
     for path, state in states.items():
         if re.fullmatch(ours, path.name) and now.get(path) == state:
@@ -242,6 +240,16 @@ def read_portraits(paths, size, args, folder):
 
 
 # Avatars ------------------------------------------------------------------------------------------
+def bars(what):
+    """Makes what shows the steps of the two models, in turn, with a bar."""
+    models = itertools.cycle(('base', 'upsample'))
+
+    def progress(steps):
+        return running.Bar(steps, desc=f'{what}, {next(models)} model')
+
+    return progress
+
+
 def interpolate(models, images, share, **how):
     """Samples avatars that are `share` (n,) of the way from the first of two portraits (2, 3, P,
     P) to the second -> rh.Avatars. how: see rh.generate.
@@ -262,7 +270,7 @@ def interpolate(models, images, share, **how):
 
 def fit(planes, seen, decoder, steps):
     """Fits planes (B, 3, C, R, R) to as many portraits, a Seen, with a progress bar."""
-    with tqdm(total=len(planes) * steps, desc='fitting to the portrait') as bar:
+    with running.Bar(total=len(planes) * steps, desc='fitting to the portrait') as bar:
 
         def report(loss):
             decibels = -10 * math.log10(max(loss, 1e-10))
@@ -319,7 +327,7 @@ def sample(models, given, count, args):
         'steps': args.steps,
         'eta': args.eta,
         'seed': args.seed,
-        'progress': sampling_bar,
+        'progress': bars('sampling'),
     }
 
     images = seen = None
@@ -329,7 +337,8 @@ def sample(models, given, count, args):
             images = given.images.to(device)
         if given and args.refine:
             parts = parts_of(len(images), config)
-            seen = straighten(models, given._replace(images=images), parts, how)
+            found_by = {**how, 'progress': bars('finding the person')}
+            seen = straighten(models, given._replace(images=images), parts, found_by)
             images = seen.images
 
         total = count
@@ -380,17 +389,17 @@ def mesh_of(avatar, args):
     return meshes.mesh_of(*avatar, triangles=triangles, texture=texture)
 
 
-def write_shapes(folder, avatars, args):
-    """Writes the meshes and splats that are asked for; returns their paths."""
-    written = []
+def write_shapes(folder, avatars, args, written):
+    """Writes the meshes and splats that are asked for, and adds their names to `written`."""
     for k, avatar in enumerate(avatars):
+        paths = []
         if args.mesh:
             path = place_of(folder, args.mesh, k)
-            written += meshes.write_mesh(path, mesh_of(avatar, args), args.height)
+            paths += meshes.write_mesh(path, mesh_of(avatar, args), args.height)
         if args.splats:
             path = place_of(folder, args.splats, k)
-            written += splats.write_splats(path, splats.splats_of(*avatar))
-    return written
+            paths += splats.write_splats(path, splats.splats_of(*avatar))
+        written += [name_in(folder, path) for path in paths]
 
 
 # The stages of the work ---------------------------------------------------------------------------
@@ -415,17 +424,27 @@ def main(args):
         if not mine:
             rh.stop(f'{folder}: another process is writing to it; give another --name')
         running.remove_all_leftovers(folder)
-        make(args, models, paths, folder, made_with)
+        written = []
+        try:
+            make(args, models, paths, folder, made_with, written)
+        except KeyboardInterrupt:
+            what = 'nothing is written'
+            if written:
+                what = f'in {folder} there are {", ".join(written)}'
+            raise KeyboardInterrupt(f'{what}; the same command begins anew') from None
+    print(f'written to {folder}: {", ".join(written)}')
 
 
-def make(args, models, paths, folder, made_with):
-    """Makes the avatars of portraits, or of --prompt, and writes all there is of them."""
+def make(args, models, paths, folder, made_with, written):
+    """Makes the avatars of portraits, or of --prompt, and writes all there is of them; adds the
+    name of each file to the list `written` as soon as it is there."""
     config = models['upsample'].config
     device = next(models['base'].parameters()).device
-    old_mesh = before(folder).get('mesh')
+    earlier = before(folder)
     states = states_of(folder)
     if args.prompt is not None:
         paths = [draw_prompt(args, folder, device)]
+        written.append('prompt.png')
     given = read_portraits(paths, config.portrait, args, folder)
 
     # The avatars.
@@ -435,10 +454,40 @@ def make(args, models, paths, folder, made_with):
     seconds = time.monotonic() - began
     print(f'{len(sampled.planes)} avatar(s) sampled in {seconds:.1f} s')
 
-    # What the models saw, and what they made of it.
+    # What an earlier run has left goes before anything of this one is there.
+    shapes = [earlier[name] for name in ('mesh', 'splats') if earlier.get(name)]
+    remove_old(folder, states, shapes)
+
+    # Pictures first, which take the least time, and the turntable last.
+    decoder = models['decoder']
+    avatars = [pictures.avatar_of(planes, decoder, config) for planes in sampled.planes]
+    turns = [pictures.Turn(avatar, args.size) for avatar in avatars]
     portraits = pictures.pil_images(sampled.images)
+    if args.interpolate:
+        written += pictures.write_strip(folder, turns)
+    else:
+        written += pictures.write_grid(folder, turns, portraits)
+    written += write_models_view(folder, portraits)
+    written += write_planes(folder, sampled, config, made_with, args)
+    if not args.interpolate:
+        written += pictures.write_viewers(folder, turns, portraits, args.frames)
+    write_shapes(folder, avatars, args, written)
+    with running.Bar(total=args.frames, desc='turntable') as bar:
+        write = pictures.write_passage if args.interpolate else pictures.write_turntable
+        written += write(folder, turns, args.frames, bar)
+
+
+def write_models_view(folder, portraits):
+    """Writes what the models saw of the portraits, PIL images."""
+    names = []
     for k, image in enumerate(portraits):
-        export.save_image(folder / export.numbered('portrait.png', k), image)
+        names.append(export.numbered('portrait.png', k))
+        export.save_image(folder / names[-1], image)
+    return names
+
+
+def write_planes(folder, sampled, config, made_with, args):
+    """Writes the planes of what was Sampled, and what they were made with."""
     content = {
         'planes': sampled.planes.cpu().half(),
         'low': sampled.low.cpu().half(),
@@ -446,149 +495,84 @@ def make(args, models, paths, folder, made_with):
         'refine': args.refine,
         'config': vars(config),
         'mesh': args.mesh and str(args.mesh),
+        'splats': args.splats and str(args.splats),
         'made_with': made_with,
     }
     running.write_checkpoint(folder / 'planes.pt', 'avatars', content)
-
-    # Pictures first, which take the least time, and the turntable last.
-    decoder = models['decoder']
-    avatars = [pictures.avatar_of(planes, decoder, config) for planes in sampled.planes]
-    turns = [pictures.Turn(avatar, args.size) for avatar in avatars]
-    if args.interpolate:
-        written = pictures.write_strip(folder, turns)
-    else:
-        written = pictures.write_grid(folder, turns, portraits)
-        written += pictures.write_viewers(folder, turns, portraits, args.frames)
-    shapes = write_shapes(folder, avatars, args)
-    with tqdm(total=args.frames, desc='turntable') as bar:
-        write = pictures.write_passage if args.interpolate else pictures.write_turntable
-        written += write(folder, turns, args.frames, bar)
-    remove_old(folder, states, old_mesh)
-    names = [*written, 'planes.pt', *(name_in(folder, path) for path in shapes)]
-    print(f'written to {folder}: {", ".join(names)}')
+    return ['planes.pt']
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        '--portrait',
-        type=Path,
-        nargs='+',
-        help='any images of faces, best head and shoulders from the front',
-    )
-    what.add_argument(
-        '--prompt',
-        help='words, of which Stable Diffusion makes the portrait: '
-        'pip install diffusers transformers peft',
-    )
-    what.add_argument('--unconditional', action='store_true', help='avatars of nobody')
-    p.add_argument(
-        '--interpolate',
-        type=Path,
-        metavar='IMAGE',
-        help='from the portrait to this one, over --count avatars',
-    )
-    p.add_argument(
-        '--align',
-        action='store_true',
-        help='of any photograph: find, level and frame the face, drop the background',
-    )
-    p.add_argument(
-        '--crop',
-        type=int,
-        nargs=3,
-        metavar=('X', 'Y', 'SIZE'),
-        help='--align to this square, where it does not find the face',
-    )
-    p.add_argument(
-        '--sd',
-        default=words.SD,
-        help='with --prompt: folder or model id of a text-to-image pipeline of diffusers',
-    )
-    p.add_argument(
-        '--lora',
-        type=Path,
-        help='with --prompt: a LoRA, as train.py --stage lora writes it',
-    )
-    p.add_argument(
-        '--count',
-        type=int,
-        help='how many avatars (of each portrait), 1, with --interpolate 8; '
-        'avatar i draws its noise from seed + i',
-    )
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument(
-        '--guidance',
-        type=float,
-        help='classifier-free guidance of the base model; 1 is none '
-        "(default: the model's own)",
-    )
-    p.add_argument(
-        '--steps', type=int, help='sampling steps of each model (default: its own)'
-    )
-    p.add_argument(
-        '--refine',
-        type=int,
-        metavar='STEPS',
-        help='of fitting the avatar to the portrait (see likeness.py); 0: none '
-        "(default: the model's own)",
-    )
-    p.add_argument(
-        '--eta',
-        type=float,
-        default=1.0,
-        help='1 is ancestral sampling, 0 deterministic DDIM',
-    )
-    p.add_argument(
-        '--bf16',
-        action=argparse.BooleanOptionalAction,
-        help='autocast to bfloat16 (default: on a GPU)',
-    )
-    p.add_argument(
-        '--size', type=int, default=256, help='pixels a side of a rendered view'
-    )
-    p.add_argument('--frames', type=int, default=36, help='frames of the turntable')
-    p.add_argument(
-        '--mesh',
-        type=Path,
-        metavar='FILE',
-        help='a mesh too: .glb (Y up), .obj, .ply (Z up), in the unit cube [-1, 1]^3, or .stl; '
-        'a bare name goes where the rest goes',
-    )
-    p.add_argument(
-        '--triangles',
-        type=int,
-        help='at most about this many in the mesh '
-        '(default: 10,000 with a texture, else all, some 200,000)',
-    )
-    p.add_argument(
-        '--texture',
-        type=int,
-        default=meshes.TEXTURE,
-        metavar='TEXELS',
-        help='a side, of the texture of .glb and .obj; 0: coloured vertices (default: 1024)',
-    )
-    p.add_argument(
-        '--height',
-        type=float,
-        default=meshes.HEIGHT,
-        metavar='MM',
-        help='of the .stl, for printing (default: 100 mm)',
-    )
-    p.add_argument(
-        '--splats',
-        type=Path,
-        metavar='FILE',
-        help='3D Gaussians too: .ply (Z up) or .glb (Y up, KHR_gaussian_splatting)',
-    )
-    p.add_argument('--name', help="folder in --out (default: the portrait's name)")
-    p.add_argument('--out', type=Path, default=Path('samples'))
-    p.add_argument('--runs', type=Path, default=Path('runs'))
-    p.add_argument('--fits', type=Path, default=Path('fits'))
-    p.add_argument('--device', help='cuda where there is one, else cpu')
+
+    what = p.add_argument_group('what the avatar is of (one of the first three)')
+    one = what.add_mutually_exclusive_group(required=True)
+    one.add_argument('--portrait', type=Path, nargs='+', metavar='IMAGE',
+                     help='any images of faces, best head and shoulders from the front')
+    one.add_argument('--prompt',
+                     help='words, of which Stable Diffusion makes the portrait: '
+                          'pip install diffusers transformers peft')
+    one.add_argument('--unconditional', action='store_true', help='avatars of nobody')
+    what.add_argument('--interpolate', type=Path, metavar='IMAGE',
+                      help='from the portrait to this one, over --count avatars')
+    what.add_argument('--count', type=int,
+                      help='how many avatars (of each portrait), 1, with --interpolate 8; '
+                           'avatar i draws its noise from seed + i')
+
+    seen = p.add_argument_group('photographs and words')
+    seen.add_argument('--align', action='store_true',
+                      help='of any photograph: find, level and frame the face, drop the background')
+    seen.add_argument('--crop', type=int, nargs=3, metavar=('X', 'Y', 'SIZE'),
+                      help='--align to this square, where it does not find the face')
+    seen.add_argument('--sd', default=words.SD,
+                      help='with --prompt: folder or model id of a text-to-image pipeline of '
+                           'diffusers')
+    seen.add_argument('--lora', type=Path,
+                      help='with --prompt: a LoRA, as train.py --stage lora writes it')
+
+    how = p.add_argument_group('sampling')
+    how.add_argument('--seed', type=int, default=0)
+    how.add_argument('--refine', type=int, metavar='STEPS',
+                     help='of fitting the avatar to the portrait (see likeness.py); 0: none '
+                          "(default: the model's own)")
+    how.add_argument('--guidance', type=float,
+                     help='classifier-free guidance of the base model; 1 is none '
+                          "(default: the model's own)")
+    how.add_argument('--steps', type=int,
+                     help='sampling steps of each model (default: its own)')
+    how.add_argument('--eta', type=float, default=1.0,
+                     help='1 is ancestral sampling, 0 deterministic DDIM')
+    how.add_argument('--bf16', action=argparse.BooleanOptionalAction,
+                     help='autocast to bfloat16 (default: on a GPU)')
+    how.add_argument('--device', help='cuda where there is one, else cpu')
+
+    drawn = p.add_argument_group('pictures')
+    drawn.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
+    drawn.add_argument('--frames', type=int, default=36, help='frames of the turntable')
+
+    shapes = p.add_argument_group('meshes and splats')
+    shapes.add_argument('--mesh', type=Path, metavar='FILE',
+                        help='a mesh too: .glb (Y up), .obj, .ply (Z up), in the unit cube '
+                             '[-1, 1]^3, or .stl; a bare name goes where the rest goes')
+    shapes.add_argument('--triangles', type=int,
+                        help='at most about this many in the mesh '
+                             '(default: 10,000 with a texture, else all, some 200,000)')
+    shapes.add_argument('--texture', type=int, default=meshes.TEXTURE, metavar='TEXELS',
+                        help='a side, of the texture of .glb and .obj; 0: coloured vertices '
+                             '(default: 1024)')
+    shapes.add_argument('--height', type=float, default=meshes.HEIGHT, metavar='MM',
+                        help='of the .stl, for printing (default: 100 mm)')
+    shapes.add_argument('--splats', type=Path, metavar='FILE',
+                        help='3D Gaussians too: .ply (Z up) or .glb (Y up, '
+                             'KHR_gaussian_splatting)')
+
+    where = p.add_argument_group('folders')
+    where.add_argument('--name', help="folder in --out (default: the portrait's name)")
+    where.add_argument('--out', type=Path, default=Path('samples'))
+    where.add_argument('--runs', type=Path, default=Path('runs'))
+    where.add_argument('--fits', type=Path, default=Path('fits'))
     return p.parse_args(argv)
 
 

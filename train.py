@@ -31,7 +31,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 import batches
 import latents
@@ -406,7 +405,8 @@ def train(args, config, rank, world, device):
     parts, weight = batches.shares(batch, rank, world, args.micro_batch)
     indices = batches.indices(len(data.items), batch, begin, steps, args.seed, parts)
     samples = iter(loader_of(data, indices, args.workers, device))
-    bar = tqdm(range(begin, steps), initial=begin, total=steps, disable=rank > 0, desc=args.stage)
+    todo = range(begin, steps)
+    bar = running.Bar(todo, initial=begin, total=steps, disable=rank > 0, desc=args.stage)
 
     for step in bar:
         for group in optimizer.param_groups:

@@ -34,7 +34,6 @@ import running
 import scenes
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / 'results'
 PAGE = ROOT / 'docs' / 'results.md'
 
 
@@ -484,7 +483,7 @@ def parse(argv=None):
     r = commands.add_parser('run', help='a table')
     d = commands.add_parser('docs', help='the tables of --out into docs/results.md')
     for q in (r, d):
-        q.add_argument('--out', type=Path, default=RESULTS)
+        q.add_argument('--out', type=Path, default=Path(__file__).parents[1] / 'results')
 
     add = r.add_argument
     add('table', choices=TABLES)

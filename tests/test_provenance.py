@@ -473,20 +473,21 @@ def test_two_portraits_of_one_name_have_two_folders(tmp_path):
         folder = sample.folder_of(args, [path])
         folders.append(folder.name)
         made_with = {'source': sample.source_of(args, [path])}
-        content = {'made_with': made_with, 'mesh': 'm.ply'}
+        content = {'made_with': made_with, 'mesh': 'm.obj'}
         running.write_checkpoint(folder / 'planes.pt', 'avatars', content)
     assert folders == ['me', 'me-2', 'me']
 
 
 def test_files_of_an_earlier_run_do_not_stay_among_the_new_ones(tmp_path):
-    old = ['viewer.html', 'viewer3.html', 'portrait2.png', 'm.ply', 'm2.ply', 'grid.png']
+    old = ['viewer.html', 'viewer3.html', 'portrait2.png', 'm.obj', 'm2.obj', 'grid.png']
+    old += ['m.mtl', 'm2-texture.png', 's.ply', 's1.ply']
     kept = ['notes.txt', 'my viewer.html', 'other.ply']
     for name in old + kept:
         (tmp_path / name).write_text('old')
     states = sample.states_of(tmp_path)
     with running.atomic(tmp_path / 'viewer.html') as temporary:
         temporary.write_text('new')
-    sample.remove_old(tmp_path, states, 'm.ply')
+    sample.remove_old(tmp_path, states, ['m.obj', 's.ply'])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(['viewer.html', *kept])
 
 

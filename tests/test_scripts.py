@@ -21,6 +21,7 @@ import fit
 import likeness
 import meshes
 import metrics
+import pictures
 import rodinhd as rh
 import running
 import sample
@@ -444,6 +445,59 @@ def test_from_one_portrait_to_another(walk, monkeypatch):
         run(sample, '--unconditional', '--interpolate', SECOND)
 
 
+def test_an_interruption_keeps_what_is_there_and_says_so(walk, monkeypatch):
+    """An earlier run of the name had a mesh, which does not stay among the new files."""
+    monkeypatch.chdir(walk)
+    how = '--unconditional', '--size', 16, '--frames', 6, '--name', 'stopped'
+    run(sample, *how)
+    folder = walk / 'samples/stopped'
+    assert (folder / 'turntable.gif').exists()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pictures, 'write_turntable', interrupted)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(sample, *how, '--seed', 1)
+    there = 'grid.png, planes.pt, viewer.html'
+    expected = f'in samples/stopped there are {there}; the same command begins anew'
+    assert str(stopped.value) == expected
+    assert names_in(folder) == set(there.split(', '))
+
+    monkeypatch.setattr(sample, 'sample', interrupted)
+    with pytest.raises(KeyboardInterrupt, match='nothing is written; the same command begins'):
+        run(sample, *how)
+    assert names_in(folder) == set(there.split(', '))
+
+
+def test_a_turntable_of_few_frames_leaves_the_grid_its_sides(walk, monkeypatch):
+    monkeypatch.chdir(walk)
+    how = '--unconditional', '--size', 16, '--no-tag', '--name'
+    run(sample, *how, 'six', '--frames', 6)
+    run(sample, *how, 'one', '--frames', 1)
+    six, one = (Image.open(f'samples/{name}/grid.png') for name in ('six', 'one'))
+    assert six.size == (6 * 16, 16)
+    assert np.array_equal(six, one)
+
+
+def test_options_that_have_no_effect_are_refused():
+    with pytest.raises(rh.Stop, match='--align has nothing to align with --unconditional'):
+        run(sample, '--unconditional', '--align')
+
+
+def test_bars_in_a_file_are_lines(capfd, monkeypatch):
+    monkeypatch.setattr(running, 'SECONDS_A_LINE', 0)
+    with running.Bar(total=3, desc='counting') as bar:
+        for k in range(3):
+            bar.update()
+            bar.set_postfix_str(f'{k} dB')
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) >= 3
+    assert all(line.startswith('counting: ') and '\r' not in line for line in lines)
+    assert '3/3' in lines[-1]
+    assert '2 dB' in lines[-1]
+
+
 def test_sampling_from_a_crop(walk, monkeypatch):
     if not hasattr(pytest.importorskip('cv2'), 'CascadeClassifier'):
         pytest.skip('this OpenCV has no face cascades')
@@ -467,6 +521,17 @@ def test_films(tmp_path):
     assert meta['fps'] == 12
     assert len(read) == 12
     assert abs(int(np.frombuffer(read[6], np.uint8).mean()) - 120) < 6
+
+
+@pytest.mark.parametrize('script', sorted(SCRIPTS))
+def test_help_needs_no_pytorch(script):
+    """Python lists what it imports."""
+    args = ['-m', script] if script.startswith('papers') else [ROOT / script]
+    result = command('-X', 'importtime', *args, '--help', cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith('usage: '), result.stdout
+    assert 'endings' in result.stderr
+    assert 'torch' not in result.stderr
 
 
 # What is refused ----------------------------------------------------------------------------------
