@@ -1,6 +1,7 @@
 """Pictures, films and the viewer: what `sample.py` writes for image viewers and browsers.
 
-The chapters: 1 pictures and films; 2 the viewer, one HTML file that draws an avatar in a browser.
+The chapters: 1 what tells that a picture is synthetic; 2 pictures and films; 3 the viewer, one HTML
+file that draws an avatar in a browser.
 (Meshes and splats are made in meshes.py and splats.py.)
 """
 import base64
@@ -11,12 +12,51 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import rodinhd as rh
 import running
 
-# 1 Pictures and films -----------------------------------------------------------------------------
+# 1 The tag ----------------------------------------------------------------------------------------
+# Both papers want what is published to be marked: a word in the corner, for people, and for
+# programs metadata, in the words that the press has agreed on (IPTC's digital source type).
+TAG = 'synthetic'
+SAYS = 'Synthetic: an avatar that a diffusion model has made (RodinHD)'
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+    'Iptc4xmpExt:DigitalSourceType='
+    '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
+    '</rdf:RDF></x:xmpmeta>'
+)
+LEAST_TAGGED = 64  # pixels a side: smaller pictures have no room for a word
+
+
+def tagged(picture):
+    """A picture (H, W, 3) uint8 with TAG in its lower right corner, a twentieth of its height."""
+    height, width, _ = picture.shape
+    if min(height, width) < LEAST_TAGGED:
+        return picture
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(max(height / 20, 9))
+    corner = {'xy': (width - height / 40, height - height / 40), 'anchor': 'rs', 'font': font}
+    draw.text(text=TAG, fill=(110, 110, 110), stroke_width=1, stroke_fill='white', **corner)
+    return np.asarray(image)
+
+
+def metadata(suffix):
+    """What save_image takes to write into a file of .png, .webp or .gif that it is synthetic."""
+    if suffix == '.png':
+        info = PngImagePlugin.PngInfo()
+        info.add_text('Description', SAYS)
+        info.add_itxt('XML:com.adobe.xmp', XMP)
+        return {'pnginfo': info}
+    return {'xmp': XMP.encode()} if suffix == '.webp' else {'comment': SAYS}
+
+
+# 2 Pictures and films -----------------------------------------------------------------------------
 RATE = 12  # frames of a film a second
 
 
@@ -26,8 +66,10 @@ def numbered(name, k):
     return f'{path.stem}{k or ""}{path.suffix}'
 
 
-def save_image(path, image, **how):
-    """Writes a PIL image, whole or not at all."""
+def save_image(path, image, tag=False, **how):
+    """Writes a PIL image, whole or not at all; with `tag` its metadata say that it is synthetic."""
+    if tag:
+        how.update(metadata(path.suffix))
     with running.atomic(path) as temporary:
         image.save(temporary, **how)
 
@@ -40,9 +82,9 @@ def save_loop(path, images, **how):
     save_image(path, first, **how)
 
 
-def save_film(path, frames):
-    """Writes frames, (H, W, 3) uint8 arrays, as .mp4; returns whether imageio-ffmpeg, which does
-    that, is installed."""
+def save_film(path, frames, tag=False):
+    """Writes frames, (H, W, 3) uint8 arrays, as .mp4, with `tag` with metadata that say that they
+    are synthetic; returns whether imageio-ffmpeg, which does that, is installed."""
     try:
         import imageio_ffmpeg
     except ImportError:
@@ -57,6 +99,7 @@ def save_film(path, frames):
             quality=8,
             macro_block_size=2,
             ffmpeg_log_level='error',
+            output_params=['-metadata', f'comment={SAYS}'] if tag else None,
         )
         film.send(None)  # it begins
         for frame in frames:
@@ -68,21 +111,21 @@ def save_film(path, frames):
     return True
 
 
-def save_animation(folder, frames):
+def save_animation(folder, frames, tag=False):
     """Writes frames, a list of (H, W, 3) uint8 arrays, as turntable.webp, turntable.gif and, with
-    imageio-ffmpeg, turntable.mp4; returns these names."""
+    imageio-ffmpeg, turntable.mp4; returns these names. tag: of their metadata."""
     images = [Image.fromarray(frame) for frame in frames]
-    save_loop(folder / 'turntable.webp', images, quality=85)
+    save_loop(folder / 'turntable.webp', images, quality=85, tag=tag)
     palette = [image.quantize(128, dither=Image.Dither.NONE) for image in images]
-    save_loop(folder / 'turntable.gif', palette)
+    save_loop(folder / 'turntable.gif', palette, tag=tag)
 
     names = ['turntable.webp', 'turntable.gif']
-    if save_film(folder / 'turntable.mp4', frames):
+    if save_film(folder / 'turntable.mp4', frames, tag):
         names.append('turntable.mp4')
     return names
 
 
-# 2 The viewer -------------------------------------------------------------------------------------
+# 3 The viewer -------------------------------------------------------------------------------------
 # viewer.html draws an avatar in a fragment shader. The planes are layers of a texture array, and
 # the decoder is an array of vec4: so channels are padded with zeros to groups of four. The shader
 # reads the decoder's rows one after the other, in the order in which pack_decoder puts them. They
@@ -189,12 +232,15 @@ def url_of(image):
     return f'data:image/webp;base64,{data}'
 
 
-def write_viewer(path, planes, decoder, grid, frames, portrait=None, title=''):
+def write_viewer(
+    path, planes, decoder, grid, frames, portrait=None, title='', tag='', mesh=None
+):
     """Writes one avatar as an HTML file that opens offline.
 
     planes (3, C, R, R) larger than 128 x 128 are drawn at 128; grid says what to draw. frames are
     PIL images of a turntable, for browsers without WebGL2 and until it has begun; portrait is a
-    PIL image that is shown in a corner, and title the page's.
+    PIL image that is shown in a corner, and title the page's. tag is a word in another corner, and
+    mesh the path of a file that the page lets people download.
     """
     weights, constants = pack_decoder(decoder)
     weights = F.pad(weights, (0, 0, 0, -len(weights) % WIDE))  # whole lines of a texture
@@ -215,6 +261,9 @@ def write_viewer(path, planes, decoder, grid, frames, portrait=None, title=''):
         'frames': [url_of(frame) for frame in frames],
         'portrait': url_of(portrait) if portrait else None,
         'title': title,
+        'tag': tag,
+        'mesh': mesh and base64.b64encode(Path(mesh).read_bytes()).decode(),
+        'meshName': mesh and Path(mesh).name,
     }
     text = json.dumps(data).replace('<', '\\u003c')  # a title cannot end the script
     page = VIEWER.read_text(encoding='utf-8')

@@ -33,17 +33,20 @@ def avatar_of(planes, decoder, config):
 
 # Views --------------------------------------------------------------------------------------------
 class Turn:
-    """The views of an avatar from all around, each of which is drawn once."""
-    def __init__(self, avatar, size):
+    """The views of an avatar from all around, each of which is drawn once; with `tag` each says
+    that it is synthetic."""
+    def __init__(self, avatar, size, tag=False):
         self.avatar = avatar
         self.size = size
+        self.tag = tag
         self.drawn = {}  # by azimuth, degrees
 
     def __call__(self, azimuth):
         """Returns the picture from a side."""
         azimuth = azimuth % 360
         if azimuth not in self.drawn:
-            self.drawn[azimuth] = draw(self.avatar, azimuth, self.size)
+            picture = draw(self.avatar, azimuth, self.size)
+            self.drawn[azimuth] = export.tagged(picture) if self.tag else picture
         return self.drawn[azimuth]
 
 
@@ -95,6 +98,11 @@ def portrait_of(portraits, k, count):
 
 
 # Files --------------------------------------------------------------------------------------------
+def save_rows(path, rows, turns):
+    """Writes rows of pictures of these Turns as one picture."""
+    export.save_image(path, Image.fromarray(below(rows)), turns[0].tag)
+
+
 def write_grid(folder, turns, portraits):
     """Writes grid.png, a row for each Turn: its portrait (PIL images; may be none) and SIDES."""
     rows = []
@@ -105,12 +113,15 @@ def write_grid(folder, turns, portraits):
             resized = portrait.resize((turn.size, turn.size), Image.LANCZOS)
             row.insert(0, np.asarray(resized))
         rows.append(beside(row))
-    export.save_image(folder / 'grid.png', Image.fromarray(below(rows)))
+    save_rows(folder / 'grid.png', rows, turns)
     return ['grid.png']
 
 
-def write_viewers(folder, turns, portraits, frames):
-    """Writes a viewer of each Turn, with so many frames of it, but at most VIEWER_FRAMES."""
+def write_viewers(folder, turns, portraits, frames, title='', meshes=()):
+    """Writes a viewer of each Turn, with so many frames of it, but at most VIEWER_FRAMES.
+
+    title: of the pages. meshes: paths of as many files, or none, that the pages let one download.
+    """
     names = []
     for k, turn in enumerate(turns):
         views = [Image.fromarray(turn(side)) for side in around(min(frames, VIEWER_FRAMES))]
@@ -118,7 +129,11 @@ def write_viewers(folder, turns, portraits, frames):
         field, grid = turn.avatar
         names.append(export.numbered('viewer.html', k))
         path = folder / names[-1]
-        export.write_viewer(path, field.planes, field.decoder, grid, views, portrait)
+        tag = export.TAG if turn.tag else ''
+        mesh = meshes[k] if meshes else None
+        export.write_viewer(
+            path, field.planes, field.decoder, grid, views, portrait, title, tag, mesh
+        )
     return names
 
 
@@ -128,13 +143,13 @@ def write_turntable(folder, turns, frames, bar):
     for side in around(frames):
         drawn.append(tiled([turn(side) for turn in turns]))
         bar.update()
-    return export.save_animation(folder, drawn)
+    return export.save_animation(folder, drawn, turns[0].tag)
 
 
 def write_strip(folder, turns):
     """Writes strip.png, with front and side of each Turn."""
     rows = [beside([turn(side) for turn in turns]) for side in STRIP]
-    export.save_image(folder / 'strip.png', Image.fromarray(below(rows)))
+    save_rows(folder / 'strip.png', rows, turns)
     return ['strip.png']
 
 
@@ -144,4 +159,4 @@ def write_passage(folder, turns, frames, bar):
     for k, side in enumerate(around(frames)):
         drawn.append(turns[k * len(turns) // frames](side))
         bar.update()
-    return export.save_animation(folder, drawn)
+    return export.save_animation(folder, drawn, turns[0].tag)

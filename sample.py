@@ -218,7 +218,7 @@ def draw_prompt(args, folder, device):
     """Makes the portrait that --prompt describes; returns its path."""
     path = folder / 'prompt.png'
     image = words.portrait_of(args.prompt, args.sd, args.lora, args.seed, device)
-    export.save_image(path, image)
+    export.save_image(path, image, args.tag)
     return path
 
 
@@ -390,16 +390,20 @@ def mesh_of(avatar, args):
 
 
 def write_shapes(folder, avatars, args, written):
-    """Writes the meshes and splats that are asked for, and adds their names to `written`."""
+    """Writes the meshes and splats that are asked for, and adds their names to `written`; returns
+    the paths of the meshes."""
+    first = []
     for k, avatar in enumerate(avatars):
         paths = []
         if args.mesh:
             path = place_of(folder, args.mesh, k)
             paths += meshes.write_mesh(path, mesh_of(avatar, args), args.height)
+            first.append(path)
         if args.splats:
             path = place_of(folder, args.splats, k)
             paths += splats.write_splats(path, splats.splats_of(*avatar))
         written += [name_in(folder, path) for path in paths]
+    return first
 
 
 # The stages of the work ---------------------------------------------------------------------------
@@ -461,7 +465,7 @@ def make(args, models, paths, folder, made_with, written):
     # Pictures first, which take the least time, and the turntable last.
     decoder = models['decoder']
     avatars = [pictures.avatar_of(planes, decoder, config) for planes in sampled.planes]
-    turns = [pictures.Turn(avatar, args.size) for avatar in avatars]
+    turns = [pictures.Turn(avatar, args.size, args.tag) for avatar in avatars]
     portraits = pictures.pil_images(sampled.images)
     if args.interpolate:
         written += pictures.write_strip(folder, turns)
@@ -469,9 +473,10 @@ def make(args, models, paths, folder, made_with, written):
         written += pictures.write_grid(folder, turns, portraits)
     written += write_models_view(folder, portraits)
     written += write_planes(folder, sampled, config, made_with, args)
+    shapes = write_shapes(folder, avatars, args, written)
     if not args.interpolate:
-        written += pictures.write_viewers(folder, turns, portraits, args.frames)
-    write_shapes(folder, avatars, args, written)
+        title = folder.name
+        written += pictures.write_viewers(folder, turns, portraits, args.frames, title, shapes)
     with running.Bar(total=args.frames, desc='turntable') as bar:
         write = pictures.write_passage if args.interpolate else pictures.write_turntable
         written += write(folder, turns, args.frames, bar)
@@ -551,6 +556,9 @@ def parse(argv=None):
     drawn = p.add_argument_group('pictures')
     drawn.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
     drawn.add_argument('--frames', type=int, default=36, help='frames of the turntable')
+    drawn.add_argument('--tag', action=argparse.BooleanOptionalAction, default=True,
+                       help='say in a corner, and in the metadata, that pictures and films are '
+                            'synthetic (default: yes)')
 
     shapes = p.add_argument_group('meshes and splats')
     shapes.add_argument('--mesh', type=Path, metavar='FILE',
