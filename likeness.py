@@ -9,7 +9,11 @@ all sides.
 
     portrait -> straighten -> Seen -> rh.generate -> fit_to_portrait -> planes        `avatars_of`
 
-The chapters: 1 the ground behind a person, 2 the place of a person, 3 straightening, 4 fitting.
+Further photographs, of which is known from about where they were taken, are found on the avatar so
+far (`find_views`), and the planes are fitted to all of them.
+
+The chapters: 1 the ground behind a person, 2 the place of a person, 3 straightening, 4 fitting,
+5 further photographs.
 Images are in [-1, 1] in portraits and in Seen, and in 0..1 wherever else they appear.
 """
 import importlib.util
@@ -22,6 +26,8 @@ from scipy import ndimage
 
 import rodinhd as rh
 
+FRONT = (0, 2)  # azimuth and elevation of the camera of portraits, degrees: see rh.portrait_camera
+
 
 class Seen(NamedTuple):
     """Portraits as training had them; of a single one, the same without B."""
@@ -29,6 +35,13 @@ class Seen(NamedTuple):
     images: torch.Tensor  # (B, 3, P, P) in [-1, 1], on white
     alpha: torch.Tensor  # (B, 1, P, P) in 0..1, whose pixels are the person's
     known: torch.Tensor  # (B, 1, P, P) in 0..1, what is to be believed of both
+
+
+class View(NamedTuple):
+    """A further photograph of a person."""
+
+    seen: Seen  # of a single one
+    angles: tuple = FRONT  # azimuth and elevation of the camera, degrees
 
 
 class Cutout(NamedTuple):
@@ -272,11 +285,17 @@ REACHES = (21, 11)  # of person_near, one after the other
 @torch.autocast('cuda', enabled=False)
 def front_view(planes, decoder, P):
     """Renders an avatar's planes (3, C, R, R) as a portrait of P pixels a side -> Front."""
-    config = decoder.config
     field = rh.PlaneField(planes.float(), decoder)
-    grid = rh.grid_for(field, config, planes.device)
-    camera = rh.portrait_camera(P, planes.device)
-    picture = rh.render_view(field, *camera, P, P, config.steps, grid)
+    grid = rh.grid_for(field, decoder.config, planes.device)
+    return view_from(field, grid, FRONT, P)
+
+
+def view_from(field, grid, angles, P):
+    """Renders a field as a portrait from azimuth and elevation, in degrees -> Front."""
+    device = grid.values.device
+    _, intrinsics = rh.portrait_camera(P, device)
+    pose = rh.orbit_pose(*angles).to(device)
+    picture = rh.render_view(field, pose, intrinsics, P, P, grid.steps, grid)
     return Front(picture.rgb.permute(2, 0, 1), picture.opacity[None])
 
 
@@ -433,17 +452,36 @@ def pixels_of(image):
     return image.permute(1, 2, 0).flatten(0, 1)
 
 
-def fit_one(planes, seen, decoder, steps, seed=0, report=None):
-    """Does `fit_to_portrait` for one avatar's planes (3, C, R, R) and the Seen of one portrait."""
+class Target(NamedTuple):
+    """Pixels of photographs, as rays and what they have to show."""
+
+    rays_o: torch.Tensor  # (N, 3)
+    rays_d: torch.Tensor  # (N, 3)
+    rgb: torch.Tensor  # (N, 3) in 0..1, on white
+    alpha: torch.Tensor  # (N, 1)
+    known: torch.Tensor  # (N, 1)
+
+
+def target_of(view):
+    """The pixels of a View."""
+    seen = view.seen
+    P = seen.images.shape[-1]
+    device = seen.images.device
+    _, intrinsics = rh.portrait_camera(P, device)
+    rays = rh.view_rays(rh.orbit_pose(*view.angles).to(device), intrinsics, P, P)
+    return Target(*rays, pixels_of((seen.images + 1) / 2), *map(pixels_of, seen[1:]))
+
+
+def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
+    """Does `fit_to_portrait` for one avatar's planes (3, C, R, R), the Seen of one portrait and
+    further photographs, Views."""
     config, device = decoder.config, planes.device
     generator = torch.Generator().manual_seed(seed)
 
-    # The portrait as rays with their colours; steps go over the pixels of which something is known.
-    P = seen.images.shape[-1]
-    rays_o, rays_d = rh.view_rays(*rh.portrait_camera(P, device), P, P)
-    target = pixels_of((seen.images + 1) / 2)
-    alpha = pixels_of(seen.alpha)
-    known = pixels_of(seen.known)
+    # The photographs as rays with their colours; steps go over the pixels of which something is
+    # known.
+    targets = [target_of(view) for view in (View(seen), *views)]
+    rays_o, rays_d, target, alpha, known = map(torch.cat, zip(*targets))
     shown = (known[:, 0] > 0).nonzero()[:, 0]
     if not len(shown):
         steps = 0
@@ -490,13 +528,82 @@ def fit_to_portrait(planes, seen, decoder, steps, seed=0, report=None):
     return torch.stack(fitted)
 
 
-def avatars_of(models, images, refine_steps=None, alpha=None, **how):
+# 5 Further photographs ----------------------------------------------------------------------------
+# Of a further photograph somebody has said from about where it was taken. The avatar, which is
+# fitted to the portrait already, tells the rest: where the person is in it, and the exact angles.
+TURNS = (-10, -5, 0, 5, 10)  # degrees around the azimuth that was given
+HEIGHTS = (-10, -5, 0, 5, 10)  # elevations, degrees
+POSE_SIDE = 48  # pixels a side of the pictures that are compared
+MORE_STEPS = 1.0  # steps for each further photograph, in steps of the first
+
+
+class Photograph(NamedTuple):
+    """A further photograph as it was given."""
+
+    image: torch.Tensor  # (3, P, P) in [-1, 1], on white where it has alpha
+    alpha: torch.Tensor  # (1, P, P)
+    azimuth: float  # of the camera, degrees: 0 is the front, 90 the person's left side
+
+
+def refined_angles(field, grid, cutout, azimuth):
+    """Finds the azimuth, near one that is known, and the elevation from which a field looks most
+    like a Cutout."""
+    image, alpha = (
+        F.interpolate(x[None], size=POSE_SIDE, mode='area') for x in (cutout.image, cutout.alpha)
+    )
+
+    def cost(angles):
+        view, opacity = view_from(field, grid, angles, POSE_SIDE)
+        black = view - (1 - opacity)
+        return float(cost_on_white(black[None], opacity[None], image, alpha))
+
+    return min(((azimuth + turn, height) for turn in TURNS for height in HEIGHTS), key=cost)
+
+
+@torch.no_grad()
+@torch.autocast('cpu', enabled=False)
+@torch.autocast('cuda', enabled=False)
+def find_views(planes, decoder, photographs):
+    """Finds the person of an avatar's planes (3, C, R, R) in further Photographs -> [View]."""
+    field = rh.PlaneField(planes.float(), decoder)
+    grid = rh.grid_for(field, decoder.config, planes.device)
+    views = []
+    for image, alpha, azimuth in photographs:
+        image, alpha = image.to(planes.device), alpha.to(planes.device)
+        angles = (azimuth, 0)
+        for _ in range(2):  # the place tells the angles, and these a better place
+            front = view_from(field, grid, angles, image.shape[-1])
+            seen = straighten_one(*front, front.opacity, image, alpha)
+            cutout = Cutout((seen.images + 1) / 2, seen.alpha)
+            angles = refined_angles(field, grid, cutout, azimuth)
+        views.append(View(seen, angles))
+    return views
+
+
+def fit_to_photographs(planes, seen, photographs, decoder, steps, seed=0, report=None):
+    """Corrects planes (3, C, R, R) of one avatar until it is what a portrait, the Seen of a single
+    one, and further Photographs show: to the portrait in `steps` steps, and then to all of them
+    in MORE_STEPS times as many for each. Returns the planes, and the Views that were found."""
+    fitted = fit_one(planes, seen, decoder, steps, seed, report)
+    views = find_views(fitted, decoder, photographs)
+    more = steps_for(steps, photographs)
+    return fit_one(fitted, seen, decoder, more, seed, report, views), views
+
+
+def steps_for(steps, photographs):
+    """Steps in which an avatar is fitted to a portrait and further photographs together."""
+    return round(MORE_STEPS * steps * len(photographs))
+
+
+def avatars_of(models, images, refine_steps=None, alpha=None, photographs=(), **how):
     """Makes planes (B, 3, C, R, R) of portraits: straightened, sampled and fitted in
     `refine_steps` steps (default: the models' likeness_steps), or for 0 steps only sampled.
 
-    images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1. how:
-    see rh.generate.
+    images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1.
+    photographs: further ones of the person of one portrait. how: see rh.generate.
     """
+    if photographs and len(images) != 1:
+        raise ValueError(f'further photographs are of one portrait, not of {len(images)}')
     if refine_steps is None:
         refine_steps = models['base'].config.likeness_steps
     if not refine_steps:
@@ -505,4 +612,10 @@ def avatars_of(models, images, refine_steps=None, alpha=None, **how):
     seen = straighten(models, images, alpha, **how)
     planes = rh.generate(models, seen.images, **how).planes
     seed = how.get('seed', 0)
+    if photographs:
+        one = Seen(*(x[0] for x in seen))
+        fitted, _ = fit_to_photographs(
+            planes[0], one, photographs, models['decoder'], refine_steps, seed
+        )
+        return fitted[None]
     return fit_to_portrait(planes, seen, models['decoder'], refine_steps, seed)

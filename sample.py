@@ -2,15 +2,17 @@
 
     python sample.py --portrait me.png
     python sample.py --portrait photograph.jpg --align
+    python sample.py --portrait me.png --view left.png:-60 --view right.png:45
     python sample.py --portrait me.png you.png --count 2
     python sample.py --portrait me.png --interpolate you.png
     python sample.py --prompt "a man with a red beard"
     python sample.py --unconditional --count 4 --seed 7
 
 --align finds the face in any photograph, frames it as the training portraits are, and drops the
-background. Several portraits, and several avatars of each (--count), are made in one go.
---interpolate goes from one portrait to another, while the avatar turns. With --prompt Stable
-Diffusion makes the portrait (see words.py).
+background. --view gives further photographs of the person, and says from where, in degrees around
+the head: 0 is the front, 90 the person's left side. Several portraits, and several avatars of each
+(--count), are made in one go. --interpolate goes from one portrait to another, while the avatar
+turns. With --prompt Stable Diffusion makes the portrait (see words.py).
 
 Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in
 weights/. Writes samples/<name>/:
@@ -26,6 +28,7 @@ and what --mesh and --splats name. --interpolate writes strip.png, front and sid
 place of grid.png and viewers.
 """
 import argparse
+import contextlib
 import itertools
 import math
 import os
@@ -111,10 +114,37 @@ def check(args):
         portraits += 1
     if args.crop and (args.unconditional or portraits != 1):
         rh.stop('--crop goes with one portrait')
+    if args.view:
+        check_views(args)
     if args.align and args.unconditional:
         rh.stop('--align has nothing to align with --unconditional: give a --portrait')
     if args.lora and args.prompt is None:
         rh.stop('--lora goes with --prompt')
+
+
+def check_views(args):
+    """Stops where further photographs cannot be used."""
+    for item in args.view:
+        photograph_of(item)
+    if len(args.portrait or ()) != 1 or args.interpolate:
+        rh.stop('--view goes with one --portrait, from the front, and without --interpolate')
+    if args.refine == 0:
+        rh.stop('--view: avatars are fitted to further photographs; leave out --refine 0')
+
+
+def photograph_of(item):
+    """The path and the azimuth, in degrees, that IMAGE:DEGREES says."""
+    path, _, degrees = item.rpartition(':')
+    try:
+        azimuth = float(degrees)
+    except ValueError:
+        azimuth = math.nan
+    if not path or not -180 <= azimuth <= 180:
+        rh.stop(
+            f'--view {item}: give IMAGE:DEGREES, such as left.png:-60, from -180 to 180; '
+            "0 is the front, 90 the person's left side"
+        )
+    return Path(path), azimuth
 
 
 def check_suffix(option, path, suffixes):
@@ -140,7 +170,8 @@ def image_paths(args):
     paths = list(args.portrait or [])
     if args.interpolate:
         paths.append(args.interpolate)
-    for path in paths:
+    further = [path for path, _ in map(photograph_of, args.view)]
+    for path in paths + further:
         scenes.open_image(path)
     return paths
 
@@ -239,6 +270,16 @@ def read_portraits(paths, size, args, folder):
     return Portraits(torch.stack(images), torch.stack(alphas))
 
 
+def read_photographs(args, size):
+    """Reads what --view gives -> [likeness.Photograph]."""
+    found = []
+    for path, azimuth in map(photograph_of, args.view):
+        rgb, alpha = scenes.read_portrait(path, size)
+        image = scenes.portrait_on_white(rgb, alpha)
+        found.append(likeness.Photograph(image, alpha, azimuth))
+    return found
+
+
 # Avatars ------------------------------------------------------------------------------------------
 def bars(what):
     """Makes what shows the steps of the two models, in turn, with a bar."""
@@ -268,16 +309,43 @@ def interpolate(models, images, share, **how):
     return rh.generate(models, mixed, mix=mix, **how)
 
 
-def fit(planes, seen, decoder, steps):
-    """Fits planes (B, 3, C, R, R) to as many portraits, a Seen, with a progress bar."""
-    with running.Bar(total=len(planes) * steps, desc='fitting to the portrait') as bar:
+@contextlib.contextmanager
+def fitting_bar(total):
+    """A bar of so many steps -> what is to be called with the loss of each."""
+    with running.Bar(total=total, desc='fitting to the portrait') as bar:
 
         def report(loss):
             decibels = -10 * math.log10(max(loss, 1e-10))
             bar.set_postfix_str(f'{decibels:.1f} dB', refresh=False)
             bar.update()
 
+        yield report
+
+
+def fit(planes, seen, decoder, steps):
+    """Fits planes (B, 3, C, R, R) to as many portraits, a Seen, with a progress bar."""
+    with fitting_bar(len(planes) * steps) as report:
         return likeness.fit_to_portrait(planes, seen, decoder, steps, report=report)
+
+
+def fit_to_all(planes, seen, photographs, decoder, steps):
+    """Fits planes (B, 3, C, R, R) to one portrait, a Seen of one, and to further photographs."""
+    portrait = likeness.Seen(*(x[0] for x in seen))
+    each = steps + likeness.steps_for(steps, photographs)
+    fitted = []
+    with fitting_bar(len(planes) * each) as report:
+        for one in planes:
+            planes_of_one, views = likeness.fit_to_photographs(
+                one, portrait, photographs, decoder, steps, report=report
+            )
+            fitted.append(planes_of_one)
+    for k, (photograph, view) in enumerate(zip(photographs, views), start=1):
+        azimuth, elevation = view.angles
+        print(
+            f'--view number {k}, given at {photograph.azimuth:g} degrees: '
+            f'found at {azimuth:g}, from {elevation:g} above'
+        )
+    return torch.stack(fitted)
 
 
 def fit_each(planes, seen, decoder, steps):
@@ -312,8 +380,9 @@ def straighten(models, given, parts, how):
     return likeness.Seen(*map(torch.cat, zip(*seen)))
 
 
-def sample(models, given, count, args):
-    """Samples avatars and fits them to their portraits in --refine steps -> Sampled.
+def sample(models, given, count, args, photographs=()):
+    """Samples avatars and fits them to their portraits in --refine steps, and to further
+    photographs of the only one -> Sampled.
 
     There are `count` avatars of each of the Portraits `given`, with --interpolate `count` between
     the two, and where `given` is None `count` avatars of nobody.
@@ -360,6 +429,8 @@ def sample(models, given, count, args):
         decoder = models['decoder']
         if args.interpolate:
             planes = fit_passage(planes, seen, share, decoder, args.refine)
+        elif photographs:
+            planes = fit_to_all(planes, seen, photographs, decoder, args.refine)
         else:
             planes = fit_each(planes, seen, decoder, args.refine)
         low = rh.resize_planes(planes, low.shape[-1])
@@ -454,7 +525,8 @@ def make(args, models, paths, folder, made_with, written):
     # The avatars.
     began = time.monotonic()
     count = args.count or (8 if args.interpolate else 1)  # of each portrait
-    sampled = sample(models, given, count, args)
+    photographs = read_photographs(args, config.portrait)
+    sampled = sample(models, given, count, args, photographs)
     seconds = time.monotonic() - began
     print(f'{len(sampled.planes)} avatar(s) sampled in {seconds:.1f} s')
 
@@ -498,6 +570,7 @@ def write_planes(folder, sampled, config, made_with, args):
         'low': sampled.low.cpu().half(),
         'seed': args.seed,
         'refine': args.refine,
+        'views': args.view,
         'config': vars(config),
         'mesh': args.mesh and str(args.mesh),
         'splats': args.splats and str(args.splats),
@@ -520,6 +593,9 @@ def parse(argv=None):
                      help='words, of which Stable Diffusion makes the portrait: '
                           'pip install diffusers transformers peft')
     one.add_argument('--unconditional', action='store_true', help='avatars of nobody')
+    what.add_argument('--view', action='append', default=[], metavar='IMAGE:DEGREES',
+                      help='a further photograph of the person, framed like the portrait, and '
+                           'from where, such as left.png:-60; may be given several times')
     what.add_argument('--interpolate', type=Path, metavar='IMAGE',
                       help='from the portrait to this one, over --count avatars')
     what.add_argument('--count', type=int,

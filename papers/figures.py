@@ -9,15 +9,21 @@
     python -m papers.figures denoising --portrait x.png           step by step (Fig. 15)
     python -m papers.figures neighbours --portrait x.png          nearest avatars (Rodin, Fig. 17)
     python -m papers.figures meshes --fits fits                   volumes and meshes
+    python -m papers.figures views --data test                    one photograph, and several
 
-Figures are RodinHD's where nothing else is said. --fits are folders of fit.py, of the same avatars;
-the models are those of runs/ or weights/, as for sample.py. Plots need matplotlib, meshes trimesh
-and embreex. From one avatar to another (Rodin, Fig. 6) goes sample.py --interpolate.
+Figures are RodinHD's where nothing else is said; views writes results/views.json, too. --fits are
+folders of fit.py, of the same avatars; the models are those of runs/ or weights/, as for sample.py.
+Plots need matplotlib, meshes trimesh and embreex. From one avatar to another (Rodin, Fig. 6) goes
+sample.py --interpolate.
 
 A new figure is a function and a line of FIGURES.
 """
 import argparse
 import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +33,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import likeness
 import rodinhd as rh
 import running
 import scenes
 from meshes import mesh_of
+
+ROOT = Path(__file__).parents[1]
 
 
 # What figures are made of -------------------------------------------------------------------------
@@ -377,6 +386,125 @@ def meshes(args):
     save_images(args, rows, numbers)
 
 
+# Further photographs ------------------------------------------------------------------------------
+SIDES = (-55, 45)  # azimuths near which further photographs are taken, degrees
+
+
+def bearing(c2w):
+    """Azimuth and elevation in degrees of the camera of a pose (4, 4)."""
+    back = c2w[:3, 2]
+    azimuth = math.degrees(math.atan2(back[0], -back[1]))
+    return azimuth, math.degrees(math.asin(back[2].clamp(-1, 1)))
+
+
+def photograph_near(folder, views, azimuth, size):
+    """The training view of an avatar that is most level and nearest to an azimuth, as somebody
+    would give it: its azimuth in steps of five degrees -> likeness.Photograph."""
+    bearings = [bearing(pose) for pose in views.c2w]
+    costs = [abs(a - azimuth) + 2 * abs(elevation) for a, elevation in bearings]
+    best = costs.index(min(costs))
+    meta, frames = scenes.read_frames(folder, 'train')
+    rgb, alpha = scenes.frame_as_portrait(folder, meta, frames[best], size)
+    image = scenes.portrait_on_white(rgb, alpha)
+    return likeness.Photograph(image, alpha, 5 * round(bearings[best][0] / 5))
+
+
+class FromPhotographs(NamedTuple):
+    """Avatars of one person, and what they were made of."""
+    planes: dict  # {how many photographs: (3, C, R, R)}
+    images: list  # the photographs (3, P, P) in [-1, 1], the portrait first
+    azimuths: list  # given, of the further ones
+    angles: list  # found: azimuth and elevation
+
+
+def fitted_to_photographs(folder, models, box, args):
+    """Makes avatars of the portrait in a folder, and of one and two further photographs."""
+    size = models['upsample'].config.portrait
+    rgb, alpha = scenes.portrait_of(folder, size)
+    portrait = scenes.portrait_on_white(rgb, alpha)[None]
+    views = scenes.load_views(folder, 'train', box)
+    sides = [photograph_near(folder, views, azimuth, size) for azimuth in SIDES]
+
+    decoder = models['decoder']
+    steps = models['base'].config.likeness_steps
+    seen = likeness.straighten(models, portrait, alpha[None], seed=args.seed)
+    sampled = rh.generate(models, seen.images, seed=args.seed).planes[0]
+    seen = likeness.Seen(*(x[0] for x in seen))
+
+    # What likeness.fit_to_photographs does, whose beginning is the same for all
+    planes = {1: likeness.fit_one(sampled, seen, decoder, steps)}
+    found = likeness.find_views(planes[1], decoder, sides)
+    for n in (1, 2):
+        more = likeness.steps_for(steps, found[:n])
+        planes[1 + n] = likeness.fit_one(planes[1], seen, decoder, more, views=found[:n])
+    angles = [view.angles for view in found]
+    images = [portrait[0], *(side.image for side in sides)]
+    return FromPhotographs(planes, images, [side.azimuth for side in sides], angles)
+
+
+def views(args):
+    """Measures avatars of a portrait and of one or two further photographs on held-out views.
+
+    A row shows the three photographs, then from one side what one, two and three of them gave, and
+    the truth. --data: avatars, of which --count are taken, evenly spread.
+    """
+    models = load_models(args)
+    config = models['decoder'].config
+    folders = scenes.list_avatars(args.data)
+    folders = [folders[i * len(folders) // args.count] for i in range(args.count)]
+    rows, found = [], {}
+    for folder in folders:
+        box = scenes.read_box(folder)
+        truth = scenes.load_views(folder, 'test', box, args.downscale, 6)
+        with torch.enable_grad():
+            made = fitted_to_photographs(folder, models, box, args)
+        whites = [rh.on_white(image) for image in truth.images]
+        ours, psnrs = {}, {}
+        for n, planes in made.planes.items():
+            field = rh.PlaneField(planes, models['decoder'])
+            grid = rh.grid_for(field, config, args.device)
+            ours[n] = pictures_of(field, grid, truth, args)
+            psnrs[n] = float(np.mean([rh.psnr(a, b) for a, b in zip(ours[n], whites)]))
+        found[folder.name] = {'given': made.azimuths, 'found': made.angles, 'PSNR': psnrs}
+        print(folder.name, found[folder.name], flush=True)
+
+        turned = [abs(bearing(pose)[0]) for pose in truth.c2w]
+        side = min(range(len(turned)), key=lambda k: abs(turned[k] - 60))
+        row = [resized(image, len(whites[0])) for image in made.images]
+        rows.append([*row, *(pictures[side] for pictures in ours.values()), whites[side]])
+    means = {n: float(np.mean([x['PSNR'][n] for x in found.values()])) for n in (1, 2, 3)}
+    command = ' '.join(['python -m papers.figures', *args.words])
+    about = {'command': command, 'seed': args.seed, **provenance_of_figures()}
+    path = ROOT / 'results' / 'views.json'
+    running.write_json(path, {**about, 'PSNR of 1, 2, 3 photographs': means, 'avatars': found})
+    save_images(args, rows)
+
+
+def pictures_of(field, grid, views, args):
+    """Renders a field as the cameras of Views see it, [(H, W, 3)]."""
+    height, width = views.images.shape[1:3]
+    pictures = []
+    for c2w, intrinsics in zip(views.c2w, views.intrinsics):
+        camera = c2w.to(args.device), intrinsics.to(args.device)
+        picture = rh.render_view(field, *camera, height, width, grid.steps, grid)
+        pictures.append(picture.rgb.cpu())
+    return pictures
+
+
+def resized(image, side):
+    """A portrait (3, P, P) in [-1, 1] as a picture (side, side, 3) in 0..1."""
+    shrunk = F.interpolate(image[None] / 2 + 0.5, size=side, mode='area')[0]
+    return shrunk.permute(1, 2, 0)
+
+
+def provenance_of_figures():
+    """The commit and the machine that numbers are of."""
+    ask = ['git', 'rev-parse', '--short', 'HEAD']
+    answer = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
+    machine = f'{os.cpu_count()} CPU cores, PyTorch {torch.__version__}'
+    return {'commit': answer.stdout.strip() or 'unknown', 'machine': machine}
+
+
 # The command --------------------------------------------------------------------------------------
 FIGURES = {
     'forgetting': forgetting,
@@ -388,6 +516,7 @@ FIGURES = {
     'denoising': denoising,
     'neighbours': neighbours,
     'meshes': meshes,
+    'views': views,
 }
 
 
@@ -410,11 +539,16 @@ def parse(argv=None):
     add('--portrait', type=Path, nargs='+')
     frames = 'epipolar: folders of frames of other methods'
     add('--frames', type=Path, nargs='*', default=[], help=frames)
+    add('--data', type=Path, default=Path('data'), help='views: avatars')
+    add('--count', type=int, default=6, help='views: so many avatars')
+    add('--downscale', type=int, default=1, help='views: average images down by this factor')
     add('--size', type=int, default=256, help='pixels a side of a rendered view')
     add('--out', type=Path, default=Path('assets'))
     add('--seed', type=int, default=0)
     add('--device', help='cuda where there is one, else cpu')
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
+    return args
 
 
 if __name__ == '__main__':

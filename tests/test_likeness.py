@@ -222,11 +222,12 @@ def shipped():
     )
 
 
-def portrait_of(planes, decoder):
+def portrait_of(planes, decoder, angles=(0, 2)):
     """The Front of planes, 64 pixels a side, rendered independently of likeness.py."""
     field = rh.PlaneField(planes, decoder)
     grid = rh.grid_for(field, decoder.config)
-    picture = rh.render_view(field, *rh.portrait_camera(64), 64, 64, 256, grid)
+    camera = rh.orbit_pose(*angles), rh.portrait_camera(64)[1]
+    picture = rh.render_view(field, *camera, 64, 64, 256, grid)
     return Front(picture.rgb.permute(2, 0, 1), picture.opacity[None])
 
 
@@ -270,6 +271,29 @@ def test_fitting_makes_the_front_view_the_portrait(shipped):
 
     unknown = seen._replace(known=torch.zeros(1, 1, 64, 64))
     assert torch.equal(likeness.fit_to_portrait(planes, unknown, shipped.decoder, 20), planes)
+
+
+def test_a_further_photograph_is_found_and_shows_its_side(shipped):
+    """It was taken at 60 degrees and from 5 above; somebody said 55, and nothing of the height."""
+    view, opacity = portrait_of(shipped.other, shipped.decoder, (60, 5))
+    photograph = likeness.Photograph(view * 2 - 1, opacity, 55)
+    found, = likeness.find_views(shipped.other, shipped.decoder, [photograph])
+    assert found.angles == (60, 5)
+    assert (found.seen.images / 2 + 0.5 - view).abs().mean() < 0.02
+
+    front = portrait_of(shipped.other, shipped.decoder)
+    seen = likeness.Seen(front.view * 2 - 1, front.opacity, torch.ones(1, 64, 64))
+    psnrs = []
+    for views in ([], [found]):
+        ours = likeness.fit_one(shipped.mean, seen, shipped.decoder, 8, views=views)
+        psnrs.append(rh.psnr(portrait_of(ours, shipped.decoder, (60, 5)).view, view))
+    assert psnrs[1] > psnrs[0] + 1
+
+
+def test_further_photographs_are_of_one_portrait(tiny, portrait):
+    photograph = likeness.Photograph(portrait, torch.ones(1, 64, 64), 30)
+    with pytest.raises(ValueError, match='of one portrait, not of 2'):
+        likeness.avatars_of({}, portrait.expand(2, -1, -1, -1), photographs=[photograph])
 
 
 def test_avatars_are_fitted_as_long_as_the_model_says(tiny, portrait, monkeypatch):

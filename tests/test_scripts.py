@@ -480,9 +480,35 @@ def test_a_turntable_of_few_frames_leaves_the_grid_its_sides(walk, monkeypatch):
     assert np.array_equal(six, one)
 
 
-def test_options_that_have_no_effect_are_refused():
-    with pytest.raises(rh.Stop, match='--align has nothing to align with --unconditional'):
-        run(sample, '--unconditional', '--align')
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--unconditional', '--align'], '--align has nothing to align with --unconditional'),
+        (['--unconditional', '--view', 'a.png:9'], '--view goes with one --portrait'),
+        (['--portrait', 'a.png', '--view', 'left.png'], 'give IMAGE:DEGREES'),
+        (['--portrait', 'a.png', '--view', 'left.png:200'], 'from -180 to 180'),
+        (['--portrait', 'a.png', '--view', 'b.png:9', '--refine', 0], 'leave out --refine 0'),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(rh.Stop, match=message):
+        run(sample, *options)
+
+
+def test_further_photographs(walk, monkeypatch, capsys):
+    """Of the same avatar, from its side; where they were taken from is found, and said."""
+    monkeypatch.chdir(walk)
+    monkeypatch.setattr(likeness, 'TURNS', (0, 5))
+    monkeypatch.setattr(likeness, 'HEIGHTS', (0,))
+    how = '--portrait', FIRST, '--refine', 2, *ONE_FRAME, '--name'
+    view = FIRST.replace('r_000', 'r_001')
+    run(sample, *how, 'further', '--view', f'{view}:-60', '--count', 2)
+    run(sample, *how, 'alone', '--count', 2)
+    printed = capsys.readouterr().out
+    assert re.search(r'--view number 1, given at -60 degrees: found at -(60|55), from 0', printed)
+    assert apart(planes_in('further'), planes_in('alone')) > 1e-3
+    content = running.read_checkpoint('samples/further/planes.pt', 'avatars')
+    assert content['views'] == [f'{view}:-60']
 
 
 def test_bars_in_a_file_are_lines(capfd, monkeypatch):
