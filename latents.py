@@ -8,7 +8,6 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import batches
 import captions
@@ -71,7 +70,9 @@ class Latents(torch.utils.data.Dataset):
         self.described = described
         self.made_with = {'clip': clip.fingerprint}
         found = []
-        for i, item in enumerate(tqdm(described, desc='latents', disable=dist.get_rank() > 0)):
+        for i, item in enumerate(
+            running.Bar(described, desc='latents', disable=dist.get_rank() > 0)
+        ):
             rgb, alpha = item['portrait'], item['alpha']
             images = [scenes.portrait_on_white(rgb, alpha)]
             if config.augment:

@@ -94,7 +94,7 @@ def test_rodin_attends_and_convolves_where_the_paper_says():
 @pytest.mark.parametrize('preset', rh.PRESETS)
 @pytest.mark.parametrize('name', ['base_attention', 'base_aware'])
 def test_a_height_that_does_not_occur_is_refused(preset, name):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(rh.Stop) as error:
         rh.make_config(preset, [f'{name}=24'])
     message = str(error.value)
     assert f'{name} names planes of height 24' in message
@@ -104,7 +104,7 @@ def test_a_height_that_does_not_occur_is_refused(preset, name):
 
 def test_aware_convolution_does_not_vanish_with_other_planes():
     """The base planes are made smaller, and the setting still names the old height."""
-    with pytest.raises(SystemExit, match=r'base_aware names planes of height 32; .* 16, 8, 4, 2;'):
+    with pytest.raises(rh.Stop, match=r'base_aware names planes of height 32; .* 16, 8, 4, 2;'):
         rh.make_config('small', ['base_resolution=16', 'base_attention=8,4,2'])
 
 

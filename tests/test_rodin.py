@@ -212,7 +212,7 @@ def test_old_weights_begin_a_network_with_z_which_then_changes_nothing(config, w
 
 def test_weights_that_lack_more_than_z_are_refused(config, weights_without_z):
     network = running.build('base', rh.make_config('tiny', ['base_mult=1,1', 'latent_width=8']))
-    with pytest.raises(SystemExit, match='other sizes'):
+    with pytest.raises(rh.Stop, match='other sizes'):
         train.initialise(network, 'base', weights_without_z)
 
 
