@@ -123,7 +123,7 @@ ODD_HEIGHTS = ['base_attention=8,4,3', 'base_aware=16', 'base_attention=8,4,2,1'
 
 @pytest.mark.parametrize('settings', ODD_HEIGHTS)
 def test_a_height_that_there_is_not_is_refused(settings):
-    with pytest.raises(SystemExit, match='error: base_a'):
+    with pytest.raises(rh.Stop, match='base_a'):
         rh.make_config('tiny', [settings])
 
 
