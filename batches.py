@@ -12,6 +12,7 @@ All that is random about a sample follows from the seed, the step and the sample
 batch. So a run that was interrupted sees the same as one that was not, and any number of ranks,
 of reading processes and of micro-batches sees the same batches.
 """
+import math
 from pathlib import Path
 
 import numpy as np
@@ -152,10 +153,15 @@ class Planes(torch.utils.data.Dataset):
         return {'planes': planes, 'pixels': pixels.clone()}
 
     def with_patch(self, i, p, front=0.0):
-        """An item that also has the `patch` that random_patch cuts out of a view."""
+        """An item that also has a `patch`: what random_patch cuts out of a view or, with low
+        planes, a whole_view."""
         file = self.read(i)
         box = (file['centre'], file['half'])
-        return {**self.item(i, file), 'patch': random_patch(self.folder(i), box, p, front)}
+        if self.low:
+            patch = whole_view(self.folder(i), box, p)
+        else:
+            patch = random_patch(self.folder(i), box, p, front)
+        return {**self.item(i, file), 'patch': patch}
 
 
 def is_finite(x):
@@ -299,16 +305,17 @@ def photo(rgb, alpha):
     """Makes portraits look as if people had taken them.
 
     Takes rgb (B, 3, P, P) in [-1, 1] and alpha (B, 1, P, P) and returns (B, 3, P, P) in [-1, 1]:
-    scaled by up to 10 %, shifted by up to 5 %, with other colours, on a ground, sometimes blurred.
+    scaled by up to 10 %, shifted by up to 5 %, with other colours and light, on a ground, sometimes
+    blurred, sometimes cut off.
     """
     scale = uniform(0.9, 1.1, rgb).flatten()
     shift = 0.05 * (2 * torch.rand(len(rgb), 2, device=rgb.device) - 1)
     rgba = place(rgb, alpha, scale, shift)
     opacity = rgba[:, 3:]
 
-    person = jitter(rgba[:, :3], opacity)
+    person = relight(jitter(rgba[:, :3], opacity))
     image = (person + (1 - opacity) * random_ground(rgb)).clamp(0, 1)
-    return soften(image) * 2 - 1
+    return cut_off(soften(image)) * 2 - 1
 
 
 def jitter(rgb, alpha):
@@ -322,6 +329,64 @@ def jitter(rgb, alpha):
     saturated = grey + (rgb - grey) * uniform(0.85, 1.15, rgb)
     contrasted = mean * alpha + (saturated - mean * alpha) * uniform(0.9, 1.1, rgb)
     return contrasted * uniform(0.9, 1.1, rgb)
+
+
+def relight(images):
+    """Varies the white balance of images (B, 3, P, P) by 6 %, and lets half of them be brighter,
+    by up to 15 %, towards one side."""
+    B, _, P, _ = images.shape
+    device = images.device
+    balance = 1 + 0.06 * (2 * torch.rand(B, 3, 1, 1, device=device) - 1)
+
+    angle = uniform(0, 2 * math.pi, images)
+    across = torch.linspace(-1, 1, P, device=device)
+    ramp = angle.cos() * across + angle.sin() * across[:, None]  # (B, 1, P, P)
+    light = 1 + uniform(-0.15, 0.15, images).clamp(min=0) * ramp
+    return images * balance * light
+
+
+def cut_off(images):
+    """Cuts images (B, C, P, P) off at their edges, as the frame of a photograph does.
+
+    Beyond the cut the picture goes on as it was at its edge (likeness.straighten does the same to
+    what a portrait does not show). Two in five lose some of the lower half: at the chest, the
+    shoulders or the chin. One in seven loses up to a sixth on the left, as many on the right, and
+    one in twenty a little at the top.
+    """
+    def share(odds, most):
+        """How much each image loses at one side, in shares of its size."""
+        chosen = torch.rand(len(images)) < odds
+        return chosen * most * torch.rand(len(images))
+
+    P = images.shape[-1]
+    below, left, right, above = (
+        (share(odds, most) * P).long().tolist()
+        for odds, most in ((2 / 5, 0.45), (1 / 7, 1 / 6), (1 / 7, 1 / 6), (1 / 20, 0.08))
+    )
+    pixels = torch.arange(P, device=images.device)
+    cut = []
+    for image, *lost in zip(images, below, left, right, above):
+        rows = pixels.clamp(lost[3], P - 1 - lost[0])
+        columns = pixels.clamp(lost[1], P - 1 - lost[2])
+        cut.append(image[:, rows][:, :, columns])
+    return torch.stack(cut)
+
+
+def mirrored(sample):
+    """A sample in floats whose avatar is mirrored, left for right: planes, portrait, and the rays
+    of a patch. Exact where colours do not depend on the view."""
+    xy, xz, yz = sample['x_start']  # the first two run along x
+    made = {
+        'x_start': torch.stack([xy.flip(-1), xz.flip(-1), yz]),
+        'portrait': sample['portrait'].flip(-1),
+        'alpha': sample['alpha'].flip(-1),
+    }
+    if 'patch' in sample:
+        patch = sample['patch']
+        left_for_right = torch.tensor([-1.0, 1.0, 1.0], device=xy.device)
+        turned = {name: patch[name] * left_for_right for name in ('rays_o', 'rays_d')}
+        made['patch'] = {**patch, **turned}
+    return {**sample, **made}
 
 
 def random_ground(images):
@@ -492,6 +557,37 @@ def corner_at_face(view, p):
     corner = centre - p / 2 + p / 2 * (torch.rand(2) - 0.5)
     most = torch.tensor(view.images.shape[1:3]) - p
     return torch.minimum(corner.round(), most).clamp(min=0).int().tolist()
+
+
+def whole_view(folder, box, p):
+    """Loads a random training view of an avatar as about p x p pixels, each the mean of those that
+    it covers, for the loss of the base network on views.
+
+    Takes the folder of an avatar and its box. Returns a dict of rays_o and rays_d (N, 3), rgb
+    (N, 3) on black in 0..1, and alpha (N, 1), of those pixels whose ray meets the box and which no
+    mask hides.
+    """
+    pick = int(torch.randint(2 ** 30, ()))
+    view = scenes.load_views(folder, 'train', box, pick=pick)
+    side = min(view.images.shape[1:3])
+    if side >= 2 * p:
+        view = scenes.load_views(folder, 'train', box, side // p, pick=pick)
+
+    height, width = view.images.shape[1:3]
+    rays_o, rays_d = rh.view_rays(view.c2w[0], view.intrinsics[0], height, width)
+    rays_o = rays_o.reshape(-1, 3)
+    rays_d = rays_d.reshape(-1, 3)
+    near, far = rh.intersect_box(rays_o, rays_d)
+    used = far > near
+    if view.unknown is not None:
+        used &= ~view.unknown[0].flatten()
+    rgba = view.images[0].reshape(-1, 4)[used].float() / 255
+    return {
+        'rays_o': rays_o[used],
+        'rays_d': rays_d[used],
+        'rgb': rgba[:, :3] * rgba[:, 3:],
+        'alpha': rgba[:, 3:],
+    }
 
 
 def random_view(folder, box, p):

@@ -359,14 +359,13 @@ def straighten_one(view, opacity, usual, image, alpha):
     if person.max() < 0.5:  # nobody is there
         believed = torch.zeros_like(person)
 
-    # Beyond the portrait's edge nothing is known.
+    # Beyond the portrait's edge nothing is known: it goes on as it was there, as training has it.
     if found.place is not None:
         white = move(white[None], *found.place)[0]
         layers = torch.stack([person, believed, known])
         person, believed, known = (
             move(layer[None], *found.place, padding='zeros')[0] for layer in layers
         )
-    white = torch.lerp(torch.ones_like(white), white, known)
     return Seen(white * 2 - 1, person, believed * (known > 0.99))
 
 

@@ -155,6 +155,7 @@ class Config:
     # Not in the papers, from here to the end (NOT_IN_THE_PAPERS): all off in `paper`;
     # docs/details.md says what each is good for
     augment: Switch = 0  # portraits in training are disturbed, as photographs are
+    mirror: Switch = 0  # half of the avatars in training are mirrored, left for right
     coarse_to_fine: Switch = 0  # a fit begins with planes of R/4, which double twice
     hull_start: Switch = 0  # where images have alpha, the visual hull starts the occupancy grid
     weight_empty: float = 0.0  # log density at points outside that hull
@@ -168,7 +169,9 @@ class Config:
     fisher_batches: int = 1  # ray batches of the Fisher information
     positions: Switch = 0  # tokens and texels that attend carry an encoding of where they are
     components: int = 0  # above 0: networks add what training planes share (shortcuts.py)
-    aligned: Switch = 0  # the upsample network sees the portrait on the xz plane (shortcuts.py)
+    aligned: Switch = 0  # the upsample network sees the portrait on the xz plane (shortcuts.py),
+    base_aligned: Switch = 0  # and the base network does; not without roll_out
+    base_views: int = 0  # samples of a base batch that are rendered and compared with a view
     base_predict: Literal['noise', 'x_start'] = 'noise'  # x_start learns within hours
     identity_start: Switch = 0  # the upsample network begins as the identity
     clip_grad: float = 0.0  # training clips gradients to this norm; 0: not
@@ -179,7 +182,8 @@ class Config:
 SETTINGS = [field.name for field in fields(Config)]
 NOT_IN_THE_PAPERS = SETTINGS[SETTINGS.index('augment'):]
 MAY_BE_ZERO = (
-    'components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates', 'vae_steps'
+    'base_views', 'components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates',
+    'vae_steps',
 )
 
 # The largest values: memory grows with these, shares are of 1, the viewer packs cells in eights
@@ -194,7 +198,7 @@ LARGEST = dict(
     latent_width=8192, latent_drop=1, clip_width=1024, clip_batch=2**16, prior_layers=256,
     prior_width=2**16, prior_timesteps=10**5, prior_batch=2**16, text_batch=2**16,
     condition_drop=1, ema=1, planes_final_lr=1, decoder_final_lr=1, final_lr=1, rescale=1,
-    patch_front=1,
+    patch_front=1, base_views=2**16,
 )
 LARGEST_OF_OTHERS = 10**9
 LONGEST = 8  # of a tuple
@@ -205,7 +209,8 @@ BRIEFLY = dict(
     perceptual='vae', augment=1, coarse_to_fine=1, hull_start=1, weight_empty=5e-2,
     silhouette_rays=1, regulariser_every=8, cull=1, planes_final_lr=0.05, decoder_final_lr=0.1,
     fog_start=1, mean_start=1, rescale=0.25, fisher_batches=16, positions=1, aligned=1,
-    base_predict='x_start', identity_start=1, clip_grad=1.0, likeness_steps=40,
+    base_aligned=1, mirror=1, base_predict='x_start', identity_start=1, clip_grad=1.0,
+    likeness_steps=40,
     prior_layers=6, prior_width=128, prior_steps=4000, prior_lr=1e-3, text_steps=6000, text_lr=1e-3,
 )
 PRESETS = {
@@ -233,7 +238,7 @@ PRESETS = {
         base_width=32, base_mult=(1, 2, 3, 4), base_attention=(16, 8, 4), base_aware=(32,),
         head_width=32, base_steps=5500, base_batch=8, base_lr=5e-4,
         up_width=16, up_body=2, up_steps=1100, up_batch=2, up_lr=1e-3, patch=32,
-        components=20, final_lr=0.05, ema=0.995, sample_steps=6, guidance=1.0,
+        components=20, base_views=8, final_lr=0.05, ema=0.995, sample_steps=6, guidance=1.0,
     ),
     'tiny': dict(
         BRIEFLY,
@@ -246,7 +251,7 @@ PRESETS = {
         head_width=16, base_steps=100, base_batch=8, base_lr=2e-3,
         up_width=8, up_mult=(1, 2, 2), up_body=1, up_head_width=8,
         up_steps=60, up_batch=4, up_lr=2e-3, patch=16,
-        components=2, final_lr=0.1, ema=0.95,
+        components=2, base_views=2, final_lr=0.1, ema=0.95,
     ),
 }
 
@@ -373,6 +378,8 @@ def check_config(config):
         )
     if config.portrait % 64:  # y3, an eighth of it, is cut into 8 x 8 patches
         raise ValueError(f'portrait {config.portrait} must divide by 64')
+    if config.base_aligned and not config.roll_out:
+        raise ValueError('base_aligned lays the portrait onto a plane, which roll_out=0 has not')
     if config.grid % 8:
         raise ValueError(f'grid {config.grid} must divide by 8')
     if config.decoder_width % 4:  # the viewer reads it in fours
@@ -2205,11 +2212,16 @@ class BaseUNet(UNet):
         resize = nn.Upsample(scale_factor=2 ** times) if up else nn.AvgPool2d(2)
         return ResBlock(c, c, self.emb, resample=resize)
 
+    def first_features(self, x, condition):
+        """(B, C, r, 3r) to (B, c, r, 3r), without roll_out (B, 3C, r, r) to (B, c, r, r);
+        shortcuts.py adds to them."""
+        return self.conv_in(x)
+
     def on_planes(self, x, emb, condition):
         """(B, C, r, 3r) to (B, 2C, r, 3r)."""
         if not self.config.roll_out:
             x = torch.cat(x.chunk(len(AXES), dim=3), dim=1)  # (B, 3C, r, r)
-        h = self.body(self.conv_in(x), emb, condition)
+        h = self.body(self.first_features(x, condition), emb, condition)
         out = self.conv_out(F.silu(self.norm_out(h)))
         if not self.config.roll_out:
             out = torch.cat(out.chunk(len(AXES), dim=1), dim=3)

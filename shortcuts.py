@@ -2,8 +2,9 @@
 
 They need not find out by themselves what all avatars have in common (`Prior`, with the setting
 components above 0), nor where in space it is that a portrait shows (`front_features`, with the
-setting aligned). The networks here are those of rodinhd.py with these beside; `base_network` and
-`upsample_network` pick by the configuration. Both are off in `paper`. Letters as in rodinhd.py.
+settings base_aligned and aligned). The networks here are those of rodinhd.py with these beside;
+`base_network` and `upsample_network` pick by the configuration. Both are off in `paper`. Letters as
+in rodinhd.py.
 """
 import math
 from dataclasses import dataclass
@@ -17,10 +18,15 @@ import rodinhd as rh
 
 def base_network(config):
     """The base network that a config asks for."""
-    # what is added is planes, so the network has to predict planes, too
-    if config.components and config.base_predict == 'x_start':
+    if with_components(config) or config.base_aligned:
         return BaseUNet(config)
     return rh.BaseUNet(config)
+
+
+def with_components(config):
+    """Whether the base network has a Prior: what that adds is planes, so the network has to predict
+    planes, too."""
+    return bool(config.components) and config.base_predict == 'x_start'
 
 
 def upsample_network(config):
@@ -119,6 +125,18 @@ def front_features(portrait, R):
     return F.grid_sample(torch.cat(maps, dim=1), grid, align_corners=False)
 
 
+def front_layer(config, width):
+    """The layer that takes front_features to the first features of a network; it starts at zero."""
+    (latent, _), maps = rh.feature_shapes(config)
+    y1, _ = maps[0]
+    return rh.zero(rh.conv(latent + y1, width))
+
+
+def on_middle_plane(layer, portrait, R):
+    """What `layer` makes of front_features, (B, c, R, 3R): the xz plane is the middle one."""
+    return F.pad(layer(front_features(portrait, R)), (R, R))
+
+
 @dataclass
 class Condition(rh.Condition):
     """A Condition with what the shortcuts add."""
@@ -127,19 +145,36 @@ class Condition(rh.Condition):
 
 
 class BaseUNet(rh.BaseUNet):
-    """The base network that adds what all avatars have in common to its x_start."""
-    added = (*rh.BaseUNet.added, 'prior.by_vector.')
+    """The base network that adds what all avatars have in common to its x_start, with the portrait
+    laid onto the xz plane, or with both."""
+    added = (*rh.BaseUNet.added, 'prior.by_vector.', 'front.')
 
     def add_condition(self):
         super().add_condition()
         config = self.config
-        self.prior = Prior(
-            config, config.base_resolution, config.components, config.latent_width
-        )
+        self.prior = None
+        if with_components(config):
+            self.prior = Prior(
+                config, config.base_resolution, config.components, config.latent_width
+            )
+
+    def add_body(self, *sizes):
+        super().add_body(*sizes)
+        self.front = None
+        if self.config.base_aligned:
+            self.front = front_layer(self.config, self.config.base_width)
 
     def condition(self, portrait):
-        plain = super().condition(portrait)
-        return Condition(**vars(plain), prior=self.prior(portrait.latent, portrait.vector))
+        condition = Condition(**vars(super().condition(portrait)))
+        if self.prior is not None:
+            condition.prior = self.prior(portrait.latent, portrait.vector)
+        if self.front is not None:
+            condition.front = on_middle_plane(self.front, portrait, self.config.base_resolution)
+        return condition
+
+    def first_features(self, x, condition):
+        features = super().first_features(x, condition)
+        return features if condition.front is None else features + condition.front
 
     def forward(self, x, t, condition):
         return with_prior(super().forward, self, x, t, condition)
@@ -158,18 +193,14 @@ class UpsampleUNet(rh.UpsampleUNet):
         super().add_body(*sizes)
         self.front = None
         if self.config.aligned:
-            (latent, _), maps = rh.feature_shapes(self.config)
-            y1, _ = maps[0]
-            self.front = rh.zero(rh.conv(latent + y1, self.config.up_width))
+            self.front = front_layer(self.config, self.config.up_width)
 
     def condition(self, portrait):
         condition = Condition(**vars(super().condition(portrait)))
         if self.prior is not None:
             condition.prior = self.prior(portrait.latent)
         if self.front is not None:
-            R = self.config.resolution
-            front = self.front(front_features(portrait, R))  # of the xz plane, which is the middle
-            condition.front = F.pad(front, (R, R))
+            condition.front = on_middle_plane(self.front, portrait, self.config.resolution)
         return condition
 
     def first_features(self, x, condition):

@@ -41,6 +41,8 @@ import scenes
 import words
 
 STAGES = ('vae', 'base', 'upsample', 'clip', 'prior', 'text', 'lora')
+VIEW_STEPS = 64  # of a ray through low-resolution planes, beside views of so many ...
+VIEW_SIDE = 32  # ... pixels a side
 
 
 class Stage(NamedTuple):
@@ -121,6 +123,28 @@ def image_loss(x_start, patches, config, decoder, distance):
     return {'pixel': pixel, 'perceptual': feature}
 
 
+@torch.autocast('cpu', enabled=False)
+@torch.autocast('cuda', enabled=False)
+def view_loss(x_start, views, config, decoder):
+    """The mean squared error of views, rendered of predicted low-resolution planes (B, 3, C, r, r),
+    the first of which have a view each.
+
+    views: of batches.whole_view, with a ground for each ray, lest outlines count in some colours
+    alone, and an offset of its samples. Returns {'view'}, counted as image_loss counts.
+    """
+    count = len(x_start) * min(config.base_views, config.base_batch) / config.base_batch
+    error = torch.zeros((), device=x_start.device)
+    for planes, view in zip(x_start, views):
+        field = rh.PlaneField(planes.clamp(-1, 1).float(), decoder)
+        ground = view['ground']
+        rgb = rh.render(
+            field, view['rays_o'], view['rays_d'], VIEW_STEPS, None, view['offset'], ground
+        ).rgb
+        truth = view['rgb'] + (1 - view['alpha']) * ground
+        error = error + F.mse_loss(rgb, truth) / count
+    return {'view': error}
+
+
 # Stages -------------------------------------------------------------------------------------------
 def six_of(items):
     """Six items, evenly spread, for pictures."""
@@ -195,6 +219,8 @@ def prepare_diffusion(args, config, device):
         distance = perceptual(config, vae, device)
 
     def draw(sample):
+        if config.mirror and torch.rand(()) < 0.5:
+            sample = batches.mirrored(sample)
         x_start = sample['x_start']
         made = {
             'x_start': x_start,
@@ -210,6 +236,11 @@ def prepare_diffusion(args, config, device):
             made['lr'] = degrade(x_start[None], config.base_resolution)[0]
         if 'patch' in sample:
             made['patch'] = sample['patch']
+        if base and 'patch' in sample:
+            rays = len(sample['patch']['rgb'])
+            ground = torch.rand(rays, 3, device=device)
+            offset = torch.rand(rays, device=device)
+            made['patch'] = {**sample['patch'], 'ground': ground, 'offset': offset}
         return made
 
     def loss(network, batch):
@@ -221,6 +252,8 @@ def prepare_diffusion(args, config, device):
         terms, predicted = diffusion.loss(
             network, batch['x_start'], batch['t'], batch['noise'], portrait
         )
+        if base and config.base_views:
+            terms |= view_loss(predicted, batch.get('patch', []), config, decoder)
         if distance:
             patches = batch.get('patch', [])
             terms |= image_loss(predicted, patches, config, decoder, distance)
@@ -240,8 +273,10 @@ def prepare_diffusion(args, config, device):
         views = torch.stack([front_view(x, decoder, config) for x in planes])
         return torch.cat([images, views.permute(0, 3, 1, 2) * 2 - 1], dim=2)
 
-    patches = 0 if base else config.patches
-    data = batches.Draws(items, args.seed, patches, config.patch, config.patch_front)
+    if base:
+        data = batches.Draws(items, args.seed, config.base_views, VIEW_SIDE)
+    else:
+        data = batches.Draws(items, args.seed, config.patches, config.patch, config.patch_front)
     return Stage(data, draw, network, loss, picture)
 
 

@@ -56,6 +56,8 @@ class Table(NamedTuple):
 
 
 # RodinHD's Table 5: each avatar has one visit of 15,000 steps, or 30 visits of 5,000.
+# Rows are of the papers' networks and training: without our shortcuts, views and mirror images
+PAPERS = ['components=0', 'aligned=0', 'base_aligned=0', 'base_views=0', 'mirror=0']
 NO_REPLAY = ['outer=1', 'inner={triple}', 'weight_iwc=0']
 
 TABLE_4A = Table(
@@ -299,8 +301,7 @@ def trained(args, stage, settings, seed):
     options = ['--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed]
     if args.bf16:
         options.append('--bf16')
-    # rows are of the papers' networks, without our shortcuts
-    papers = ['components=0', 'aligned=0', *settings]
+    papers = [*PAPERS, *settings]
     call(args, 'train.py', '--stage', stage, *options, *settings_of(papers, args))
     return Trained(runs / f'{stage}.pt', commit)
 

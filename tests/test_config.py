@@ -9,6 +9,7 @@ import running
 
 OFF = {  # what each setting that is not in the papers is in `paper`
     'augment': 0,
+    'mirror': 0,
     'coarse_to_fine': 0,
     'hull_start': 0,
     'weight_empty': 0,
@@ -23,12 +24,18 @@ OFF = {  # what each setting that is not in the papers is in `paper`
     'positions': 0,
     'components': 0,
     'aligned': 0,
+    'base_aligned': 0,
+    'base_views': 0,
     'base_predict': 'noise',
     'identity_start': 0,
     'clip_grad': 0,
     'final_lr': 1,
     'likeness_steps': 0,
 }
+ZERO_IS_OFF = (
+    'base_views', 'components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates',
+    'vae_steps',
+)
 SETTINGS = [field for field in fields(rh.Config) if field.name != 'preset']
 
 
@@ -120,8 +127,7 @@ def test_the_first_of_several_that_is_wrong_is_named():
 @pytest.mark.parametrize('name', names_of(int))
 def test_zero_is_refused_where_it_makes_no_sense(name):
     """A number of steps, channels or rays is at least 1; what 0 switches off may be 0."""
-    if name in ('components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates',
-                'vae_steps'):
+    if name in ZERO_IS_OFF:
         assert getattr(rh.make_config('tiny', [f'{name}=0']), name) == 0
     else:
         assert f'{name} takes a positive int' in refusal(f'{name}=0')

@@ -225,6 +225,57 @@ def test_training_portraits_stay_in_range():
     assert out.isfinite().all()
 
 
+def test_photographs_go_on_beyond_their_edge():
+    """What cut_off takes away is as the last row or column that it leaves; the middle stays."""
+    torch.manual_seed(0)
+    images = torch.rand(64, 3, 32, 32)
+    out = batches.cut_off(images)
+    assert torch.equal(out[:, :, 8:16, 8:24], images[:, :, 8:16, 8:24])
+
+    below = 0
+    for image, cut in zip(images, out):
+        changed = (image != cut).flatten(1).any(0).view(32, 32)
+        rows = changed[:, 12].nonzero().flatten()
+        lower = rows[rows > 16]
+        if len(lower):
+            below += 1
+            first = int(lower[0])
+            last_shown = cut[:, first - 1:first]
+            assert torch.equal(cut[:, first:], last_shown.expand(-1, 32 - first, -1))
+    assert 14 <= below <= 38  # two in five of 64
+
+
+def test_mirrored_planes_are_the_mirrored_avatar(tiny):
+    """In what rays see of them, and in the portrait."""
+    torch.manual_seed(0)
+    decoder = rh.Decoder(tiny)
+    item = {
+        'x_start': torch.rand(3, 8, 32, 32) * 2 - 1,
+        'portrait': torch.rand(3, 64, 64),
+        'alpha': torch.rand(1, 64, 64),
+        'patch': {
+            'rays_o': torch.tensor([[0.3, -4.0, 0.2]]),
+            'rays_d': torch.tensor([[0.1, 1.0, -0.1]]),
+        },
+    }
+    mirrored = batches.mirrored(item)
+    assert torch.equal(mirrored['portrait'], item['portrait'].flip(2))
+    assert torch.equal(mirrored['alpha'], item['alpha'].flip(2))
+
+    points = torch.rand(100, 3) * 2 - 1
+    over_there = points * torch.tensor([-1.0, 1.0, 1.0])
+    features = rh.sample_planes(item['x_start'], points)
+    assert torch.allclose(rh.sample_planes(mirrored['x_start'], over_there), features, atol=1e-5)
+
+    # A ray and its mirror image see the same density.
+    seen, also = (
+        rh.render(rh.PlaneField(one['x_start'], decoder), **one['patch'], steps=64).opacity
+        for one in (item, mirrored)
+    )
+    assert torch.allclose(seen, also, atol=1e-4)
+    assert seen.item() > 0.01
+
+
 # The papers' figures ------------------------------------------------------------------------------
 def test_spectrum_finds_a_wave_and_all_of_its_power():
     wave = torch.sin(2 * np.pi * 5 * torch.arange(32) / 32)

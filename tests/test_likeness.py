@@ -174,7 +174,7 @@ def portrait(data):
     return scenes.portrait_on_white(*scenes.read_portrait(path, 64))
 
 
-@pytest.mark.parametrize('settings', [[], ['components=0', 'aligned=0']])
+@pytest.mark.parametrize('settings', [[], ['components=0', 'aligned=0', 'base_aligned=0']])
 def test_a_clean_portrait_is_left_as_it_is(portrait, monkeypatch, settings):
     """Beside one on another ground, of which is known what the sample covers. With and without what
     networks add to the papers'."""

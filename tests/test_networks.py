@@ -14,6 +14,7 @@ RELEASED_UPSAMPLE_PARAMETERS = 320_557_728  # its tokens are Linear(64, 512) on 
 VAE_PARAMETERS = 83_653_863
 
 TIMES = torch.tensor([10.0, 900.0])
+PLAIN = ['components=0', 'aligned=0', 'base_aligned=0']  # no shortcuts
 BUILDS = [shortcuts.base_network, shortcuts.upsample_network]
 
 
@@ -283,7 +284,7 @@ def test_networks_use_their_condition_cache_it_and_compile(tiny, build):
 
 
 @pytest.mark.parametrize('build', BUILDS)
-@pytest.mark.parametrize('settings', [[], ['components=0'], ['components=0', 'aligned=0']])
+@pytest.mark.parametrize('settings', [[], ['components=0'], PLAIN])
 def test_two_conditions_are_joined_with_all_that_they_hold(tiny, build, settings):
     """A network sees in one batch what it sees in two, whatever its shortcuts add."""
     config = rh.make_config('tiny', settings)
@@ -372,7 +373,7 @@ def test_a_network_that_was_never_shown_a_portrait_sees_none(tiny, drop, same):
 def test_what_ablations_switch_off_is_not_there(tiny, setting):
     """No layer of it is left, networks take and give planes as before, and the upsample network
     starts from the enlarged planes."""
-    config = rh.make_config('tiny', ['components=0', 'aligned=0', setting])
+    config = rh.make_config('tiny', [*PLAIN, setting])
     base, upsample = (build(config) for build in BUILDS)
     assert type(base) is rh.BaseUNet
     assert type(upsample) is rh.UpsampleUNet
@@ -399,10 +400,11 @@ def test_what_ablations_switch_off_is_not_there(tiny, setting):
     ('settings', 'base', 'upsample'),
     [
         ([], shortcuts.BaseUNet, shortcuts.UpsampleUNet),
-        (['components=0'], rh.BaseUNet, shortcuts.UpsampleUNet),
-        (['aligned=0'], shortcuts.BaseUNet, shortcuts.UpsampleUNet),
-        (['base_predict=noise'], rh.BaseUNet, shortcuts.UpsampleUNet),
-        (['components=0', 'aligned=0'], rh.BaseUNet, rh.UpsampleUNet),
+        (['components=0'], shortcuts.BaseUNet, shortcuts.UpsampleUNet),
+        (['components=0', 'base_aligned=0'], rh.BaseUNet, shortcuts.UpsampleUNet),
+        (['aligned=0', 'base_aligned=0'], shortcuts.BaseUNet, shortcuts.UpsampleUNet),
+        (['base_predict=noise', 'base_aligned=0'], rh.BaseUNet, shortcuts.UpsampleUNet),
+        (PLAIN, rh.BaseUNet, rh.UpsampleUNet),
     ],
 )
 def test_networks_have_the_shortcuts_that_are_asked_for(settings, base, upsample):
