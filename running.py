@@ -546,12 +546,16 @@ def write_model(path, kind, config, state, step, **more):
     write_checkpoint(path, kind, content)
 
 
+WITHOUT_LAYERS = {'base_aligned': 0}  # where a checkpoint is older than the setting
+
+
 def config_of(saved):
-    """The Config that a checkpoint carries; settings that are newer than it are its preset's.
+    """The Config that a checkpoint carries; settings that are newer than it are its preset's, but
+    for those that give a network other layers.
 
     ValueError where it has values that --set would refuse.
     """
-    values = {**rh.PRESETS.get(saved.get('preset'), {}), **saved}
+    values = {**rh.PRESETS.get(saved.get('preset'), {}), **WITHOUT_LAYERS, **saved}
     config = rh.Config(**{name: values[name] for name in values if name in rh.SETTINGS})
     rh.check_config(config)
     return config
