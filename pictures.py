@@ -153,6 +153,13 @@ def write_strip(folder, turns):
     return ['strip.png']
 
 
+def write_edits(folder, rows):
+    """Writes edits.png: a row of fronts for each list of Turns."""
+    fronts = [beside([turn(STRIP[0]) for turn in turns]) for turns in rows]
+    save_rows(folder / 'edits.png', fronts, rows[0])
+    return ['edits.png']
+
+
 def write_passage(folder, turns, frames, bar):
     """Writes turntables of so many frames, in which the first Turn becomes the last."""
     drawn = []

@@ -5,14 +5,17 @@
     python sample.py --portrait me.png --view left.png:-60 --view right.png:45
     python sample.py --portrait me.png you.png --count 2
     python sample.py --portrait me.png --interpolate you.png
-    python sample.py --prompt "a man with a red beard"
+    python sample.py --prompt "a smiling woman with long red hair in a blue shirt"
+    python sample.py --portrait me.png --edit "red hair" "a dark green suit"
     python sample.py --unconditional --count 4 --seed 7
 
 --align finds the face in any photograph, frames it as the training portraits are, and drops the
 background. --view gives further photographs of the person, and says from where, in degrees around
 the head: 0 is the front, 90 the person's left side. Several portraits, and several avatars of each
 (--count), are made in one go. --interpolate goes from one portrait to another, while the avatar
-turns. With --prompt Stable Diffusion makes the portrait (see words.py).
+turns. A --prompt becomes an avatar by Rodin's latents (rodin.py), which know the words of
+captions.py; with --sd Stable Diffusion draws a portrait of any words (words.py). --edit changes
+what it names of an avatar, and no more.
 
 Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in
 weights/. Writes samples/<name>/:
@@ -22,6 +25,7 @@ weights/. Writes samples/<name>/:
     grid.png                    each avatar from six sides
     turntable.webp, .gif, .mp4  the last where imageio-ffmpeg is installed
     viewer.html                 one file for a browser (viewer1.html and so on of further avatars)
+    edits.png                   what --edit does, by strength
     planes.pt                   the planes, in fp16
 
 and what --mesh and --splats name. --interpolate writes strip.png, front and side of each avatar, in
@@ -41,11 +45,13 @@ from typing import NamedTuple
 import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
 
+import captions
 import export
 import likeness
 import meshes
 import photo
 import pictures
+import rodin
 import rodinhd as rh
 import running
 import scenes
@@ -54,7 +60,7 @@ import words
 
 AT_ONCE = 8  # avatars that are sampled together, with planes of 128 x 128 texels
 OURS = (  # files that a run may leave in its folder, besides meshes and splats
-    r'(align|portrait)\d*\.png|(grid|strip|prompt)\.png|turntable\.(webp|gif|mp4)|'
+    r'(align|portrait)\d*\.png|(grid|strip|prompt|edits)\.png|turntable\.(webp|gif|mp4)|'
     r'viewer\d*\.html|planes\.pt'
 )
 SPLATS = ('.ply', '.glb')
@@ -120,6 +126,22 @@ def check(args):
         rh.stop('--align has nothing to align with --unconditional: give a --portrait')
     if args.lora and args.prompt is None:
         rh.stop('--lora goes with --prompt')
+    if args.prompt is not None and not (args.sd or args.lora):
+        check_words('--prompt', args.prompt)
+    for text in args.edit or []:
+        check_words('--edit', text)
+    if args.edit and (not args.portrait or portraits != 1 or args.count):
+        rh.stop('--edit goes with one --portrait, and makes an avatar of each edit')
+    if not 0 <= args.strength <= 10:
+        rh.stop(f'--strength {args.strength:g}: give a number from 0 to 10, such as 1')
+
+
+def check_words(option, text):
+    """Stops where an option has words that say nothing, or too many."""
+    if not text.strip():
+        rh.stop(f'{option}: is empty; describe a person, such as "a man with short grey hair"')
+    if len(text) > captions.LONGEST:
+        rh.stop(f'{option}: {len(text)} letters, at most {captions.LONGEST} are read')
 
 
 def check_views(args):
@@ -245,10 +267,50 @@ def remove_old(folder, states, shapes=()):
             path.unlink()
 
 
+def heard(option, text, clip):
+    """The facts that CLIP knows of an option's words; says what was understood and what was not,
+    and stops where that is all."""
+    understood = captions.understand(text)
+    facts = {f: value for f, value in understood.facts.items() if clip.knows((f, value))}
+    strange = list(understood.unknown)
+    for factor, value in understood.facts.items():
+        if factor not in facts:
+            strange.append(f'{value} ({factor})')
+    if not facts:
+        rh.stop(
+            f'{option}: none of these words is known; those that are say sex, hair, skin, clothes '
+            'and expression, such as "a laughing man with short grey hair in a blue suit"'
+        )
+    print(f'understood: {captions.describe(facts)}')
+    if strange:
+        print(f'not understood: {", ".join(strange)}')
+    return facts
+
+
+def vectors_for(args, models):
+    """The vectors of Rodin's latents to make avatars of, (--count, D): of the words of --prompt,
+    of nobody in particular, or None where portraits are what is asked for or no network for it was
+    trained."""
+    count = args.count or 1
+    if args.prompt is not None and not (args.sd or args.lora):
+        if not running.has_latents(models, 'text'):
+            print(f'from words: by Stable Diffusion, as {models["base"].path} takes no words')
+            return None
+        print('from words: by the latents of Rodin (--sd: by Stable Diffusion)')
+        running.load_latents(models, 'text')
+        facts = heard('--prompt', args.prompt, models['clip'])
+        return rodin.vectors_of(models, facts, count, seed=args.seed)
+    if args.unconditional and running.has_latents(models, 'prior'):
+        running.load_latents(models, 'prior')
+        return rodin.draw_latents(models['prior'], count, seed=args.seed)
+    return None
+
+
 def draw_prompt(args, folder, device):
     """Makes the portrait that --prompt describes; returns its path."""
     path = folder / 'prompt.png'
-    image = words.portrait_of(args.prompt, args.sd, args.lora, args.seed, device)
+    sd = args.sd or words.SD
+    image = words.portrait_of(args.prompt, sd, args.lora, args.seed, device)
     export.save_image(path, image, args.tag)
     return path
 
@@ -380,24 +442,60 @@ def straighten(models, given, parts, how):
     return likeness.Seen(*map(torch.cat, zip(*seen)))
 
 
-def sample(models, given, count, args, photographs=()):
-    """Samples avatars and fits them to their portraits in --refine steps, and to further
-    photographs of the only one -> Sampled.
+class Edits(NamedTuple):
+    """What --edit makes of one avatar."""
 
-    There are `count` avatars of each of the Portraits `given`, with --interpolate `count` between
-    the two, and where `given` is None `count` avatars of nobody.
+    planes: torch.Tensor  # (1 + E, 3, C, R, R): the avatar, and one of each edit
+    strips: list  # for each edit planes (n, 3, C, R, R), from no strength to twice of what is asked
+
+
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of a strip, times --strength
+
+
+def edit(models, sampled, args, how):
+    """Edits the avatar of a portrait by the words of --edit -> Edits.
+
+    Rodin moves the vector of which it makes the avatar. Ours is made of a portrait, which says more
+    than its vector, and was fitted to it. So two avatars are made of the vector alone, before and
+    after it moved and with the same noise, and their difference is added to the planes.
     """
-    device = next(models['base'].parameters()).device
-    bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
-    config = models['upsample'].config
-    share = torch.linspace(0, 1, count)
-    how = {
+    clip = models['clip']
+    config = models['base'].config
+    z = clip.encode_images(sampled.images)[0]
+    edited, strips = [], []
+    for text in args.edit:
+        changes = heard('--edit', text, clip)
+        vectors = [rodin.edited(clip, z, changes, args.strength * s) for s in STRENGTHS]
+        made = [rh.generate(models, rh.nobody(config, 1, v[None]), **how).planes for v in vectors]
+        strip = torch.cat([sampled.planes[:1] + x - made[0] for x in made]).clamp(-1, 1)
+        strips.append(strip)
+        edited.append(strip[STRENGTHS.index(1.0)])
+    return Edits(torch.stack([sampled.planes[0], *edited]), strips)
+
+
+def how_to_sample(args):
+    """What rh.generate is told besides the portrait."""
+    return {
         'guidance': args.guidance,
         'steps': args.steps,
         'eta': args.eta,
         'seed': args.seed,
         'progress': bars('sampling'),
     }
+
+
+def sample(models, given, count, args, photographs=(), vectors=None):
+    """Samples avatars and fits them to their portraits in --refine steps, and to further
+    photographs of the only one -> Sampled.
+
+    There are `count` avatars of each of the Portraits `given`, with --interpolate `count` between
+    the two, and where `given` is None `count` avatars of nobody, or one of each of the vectors.
+    """
+    device = next(models['base'].parameters()).device
+    bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
+    config = models['upsample'].config
+    share = torch.linspace(0, 1, count)
+    how = how_to_sample(args)
 
     images = seen = None
     found = []
@@ -421,6 +519,9 @@ def sample(models, given, count, args, photographs=()):
                 found.append(interpolate(models, images, share[part], **how))
             elif given:
                 found.append(rh.generate(models, images_of_all[part], **following))
+            elif vectors is not None:
+                some = rh.nobody(models['base'].config, size, vectors[part])
+                found.append(rh.generate(models, some, **following))
             else:
                 found.append(rh.generate(models, size, **following))
 
@@ -491,6 +592,8 @@ def main(args):
         args.refine = models['base'].config.likeness_steps
 
     # One run at a time writes to a folder.
+    if args.edit:
+        running.load_latents(models)
     folder = folder_of(args, paths)
     made_with = {'source': source_of(args, paths)}
     for kind, model in models.items():
@@ -517,7 +620,8 @@ def make(args, models, paths, folder, made_with, written):
     device = next(models['base'].parameters()).device
     earlier = before(folder)
     states = states_of(folder)
-    if args.prompt is not None:
+    vectors = vectors_for(args, models)
+    if args.prompt is not None and vectors is None:
         paths = [draw_prompt(args, folder, device)]
         written.append('prompt.png')
     given = read_portraits(paths, config.portrait, args, folder)
@@ -526,7 +630,13 @@ def make(args, models, paths, folder, made_with, written):
     began = time.monotonic()
     count = args.count or (8 if args.interpolate else 1)  # of each portrait
     photographs = read_photographs(args, config.portrait)
-    sampled = sample(models, given, count, args, photographs)
+    sampled = sample(models, given, count, args, photographs, vectors)
+    strips = []
+    if args.edit:
+        edits = edit(models, sampled, args, how_to_sample(args))
+        low = rh.resize_planes(edits.planes, sampled.low.shape[-1])
+        sampled = sampled._replace(planes=edits.planes, low=low)
+        strips = edits.strips
     seconds = time.monotonic() - began
     print(f'{len(sampled.planes)} avatar(s) sampled in {seconds:.1f} s')
 
@@ -543,6 +653,8 @@ def make(args, models, paths, folder, made_with, written):
         written += pictures.write_strip(folder, turns)
     else:
         written += pictures.write_grid(folder, turns, portraits)
+    if strips:
+        written += write_edits(folder, strips, decoder, config, args)
     written += write_models_view(folder, portraits)
     written += write_planes(folder, sampled, config, made_with, args)
     shapes = write_shapes(folder, avatars, args, written)
@@ -552,6 +664,15 @@ def make(args, models, paths, folder, made_with, written):
     with running.Bar(total=args.frames, desc='turntable') as bar:
         write = pictures.write_passage if args.interpolate else pictures.write_turntable
         written += write(folder, turns, args.frames, bar)
+
+
+def write_edits(folder, strips, decoder, config, args):
+    """Writes the strips (lists of planes) of --edit."""
+    rows = []
+    for strip in strips:
+        avatars = [pictures.avatar_of(planes, decoder, config) for planes in strip]
+        rows.append([pictures.Turn(avatar, args.size, args.tag) for avatar in avatars])
+    return pictures.write_edits(folder, rows)
 
 
 def write_models_view(folder, portraits):
@@ -590,8 +711,8 @@ def parse(argv=None):
     one.add_argument('--portrait', type=Path, nargs='+', metavar='IMAGE',
                      help='any images of faces, best head and shoulders from the front')
     one.add_argument('--prompt',
-                     help='words, of which Stable Diffusion makes the portrait: '
-                          'pip install diffusers transformers peft')
+                     help='words about a person: sex, hair, skin, clothes, expression; with --sd '
+                          'any, of which Stable Diffusion makes the portrait')
     one.add_argument('--unconditional', action='store_true', help='avatars of nobody')
     what.add_argument('--view', action='append', default=[], metavar='IMAGE:DEGREES',
                       help='a further photograph of the person, framed like the portrait, and '
@@ -607,9 +728,14 @@ def parse(argv=None):
                       help='of any photograph: find, level and frame the face, drop the background')
     seen.add_argument('--crop', type=int, nargs=3, metavar=('X', 'Y', 'SIZE'),
                       help='--align to this square, where it does not find the face')
-    seen.add_argument('--sd', default=words.SD,
+    seen.add_argument('--edit', nargs='+', metavar='WORDS',
+                      help='what to change of the portrait, such as "red hair": an avatar of '
+                           'each, and a strip of strengths')
+    seen.add_argument('--strength', type=float, default=1.0,
+                      help='of --edit; 0 changes nothing (default: 1)')
+    seen.add_argument('--sd',
                       help='with --prompt: folder or model id of a text-to-image pipeline of '
-                           'diffusers')
+                           f'diffusers (default, where the models take no words: {words.SD})')
     seen.add_argument('--lora', type=Path,
                       help='with --prompt: a LoRA, as train.py --stage lora writes it')
 

@@ -1,14 +1,20 @@
 """Rodin's latents: facts and sentences, CLIP, and the base network that is given its vectors."""
 import json
 import random
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import captions
+import fit
+import provenance
 import rodin
 import rodinhd as rh
 import running
+import sample
+import scenes
 import shortcuts
 import train
 
@@ -241,3 +247,196 @@ def test_the_vector_weighs_components_where_there_is_no_portrait():
         weights = prior.weights(seen.latent) + prior.by_vector(seen.vector)
         expected = prior.mean + torch.tensordot(weights, prior.components, 1)
         assert torch.allclose(prior(seen.latent, seen.vector), expected)
+
+
+# Whole scripts ------------------------------------------------------------------------------------
+TINY = ['--preset', 'tiny', '--device', 'cpu']
+Z = ['latent_width=8', 'clip_width=8', 'prior_width=16', 'prior_layers=1', 'prior_timesteps=10']
+FEW = ['clip_steps=2', 'prior_steps=2', 'text_steps=2', 'base_steps=2', 'sample_steps=2',
+       'clip_batch=4', 'prior_batch=4', 'text_batch=4', 'base_batch=2', 'likeness_steps=2']
+
+
+def run(script, *options):
+    script.main(script.parse([str(option) for option in options]))
+
+
+@pytest.fixture(scope='module')
+def trained(data, tiny, tmp_path_factory):
+    """A folder with data/, fits/ and runs/: random networks, of which those that know z were then
+    trained for two steps."""
+    folder = tmp_path_factory.mktemp('latents')
+    for name in ('fits', 'runs', 'old'):
+        (folder / name).mkdir()
+    torch.manual_seed(0)
+    places = {'decoder': 'fits', 'vae': 'runs', 'upsample': 'runs', 'base': 'old'}
+    for kind, place in places.items():
+        config = rh.make_config('tiny', ['sample_steps=2'])
+        build, _ = running.MAKERS[kind]
+        path = folder / place / f'{kind}.pt'
+        running.write_model(path, kind, config, build(config).state_dict(), 0)
+    decoder = running.load_model('decoder', folder / 'fits', 'cpu')
+    for avatar in scenes.list_avatars(data):
+        path = folder / 'fits' / f'{avatar.name}.pt'
+        planes = 0.3 * torch.randn(3, 8, 32, 32)
+        box = scenes.read_box(avatar)
+        source = provenance.of_avatar(avatar)
+        fit.write_planes(path, planes, box, tiny, decoder, [20.0], {'fit_steps': 2}, source)
+    places = ['--data', data, '--fits', folder / 'fits', '--runs', folder / 'runs']
+    for stage in ('clip', 'prior', 'text', 'base'):
+        init = ['--init', folder / 'old'] if stage == 'base' else []
+        run(train, '--stage', stage, *TINY, *places, *init, '--set', *Z, *FEW)
+    return folder
+
+
+def sample_in(folder, out, *options):
+    places = ['--runs', folder / 'runs', '--fits', folder / 'fits', '--out', out]
+    run(sample, *places, '--device', 'cpu', '--frames', 2, '--size', 32, *options)
+
+
+def planes_in(out):
+    (path,) = out.glob('*/planes.pt')
+    return running.read_checkpoint(path, 'avatars')['planes']
+
+
+def test_the_base_network_is_of_its_clip(trained, tmp_path):
+    models = running.load_models(trained / 'runs', trained / 'fits')
+    assert models.keys() == running.MODELS.keys()
+    running.load_latents(models, 'prior', 'text')
+    assert models['base'].made_with['clip'] == models['clip'].fingerprint
+    assert models['text'].made_with['clip'] == models['clip'].fingerprint
+
+    shutil.copytree(trained / 'runs', tmp_path / 'runs')
+    other = rodin.Clip(models['clip'].config)
+    path = tmp_path / 'runs' / 'clip.pt'
+    running.write_model(path, 'clip', other.config, other.state_dict(), 0)
+    models = running.load_models(tmp_path / 'runs', trained / 'fits')
+    with pytest.raises(rh.Stop, match=r'base\.pt: was made with another clip'):
+        running.load_latents(models)
+
+
+def test_words_become_an_avatar(trained, tmp_path, capsys):
+    options = ['--prompt', 'a happy old asdf with purple clothes']
+    sample_in(trained, tmp_path / 'a', *options)
+    printed = capsys.readouterr().out
+    assert 'by the latents of Rodin' in printed
+    assert 'not understood: old, asdf' in printed
+    sample_in(trained, tmp_path / 'b', *options)
+    assert torch.equal(planes_in(tmp_path / 'a'), planes_in(tmp_path / 'b'))
+    sample_in(trained, tmp_path / 'c', *options, '--seed', 1)
+    assert not torch.equal(planes_in(tmp_path / 'a'), planes_in(tmp_path / 'c'))
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--prompt', 'xyzzy plugh'], 'none of these words is known'),
+    (['--prompt', ''], '--prompt: is empty'),
+    (['--prompt', 'red hair ' * 2000], '--prompt: 18000 letters'),
+    (['--prompt', 'red hair', '--edit', 'blue hair'], '--edit goes with one --portrait'),
+    (['--unconditional', '--edit', 'blue hair'], '--edit goes with one --portrait'),
+    (['--unconditional', '--strength', '-1'], '--strength -1'),
+])
+def test_words_that_cannot_be_used_end_in_one_line(trained, tmp_path, options, message):
+    with pytest.raises(rh.Stop, match=message) as error:
+        sample_in(trained, tmp_path, *options)
+    assert '\n' not in str(error.value)
+
+
+def test_nobody_is_drawn_from_the_prior(trained, tmp_path):
+    """Two avatars of nobody have different vectors, which the networks that see them show."""
+    sample_in(trained, tmp_path, '--unconditional', '--count', 2)
+    models = running.load_models(trained / 'runs', trained / 'fits')
+    running.load_latents(models, 'prior')
+    z = rodin.draw_latents(models['prior'], 2)
+    assert torch.allclose(z[1:], rodin.draw_latents(models['prior'], 1, seed=1), atol=1e-4)
+    some = rh.nobody(models['base'].config, 2, z)
+    expected = rh.generate(models, some).planes
+    assert torch.allclose(planes_in(tmp_path).float(), expected, atol=2e-3)
+
+
+def test_edits_change_an_avatar_by_their_strength(trained, data, tmp_path):
+    portrait = scenes.portrait_path(scenes.list_avatars(data)[0])
+    clip = running.load_clip(trained / 'runs', 'cpu')
+    known = [colour for colour in captions.COLOURS if clip.knows(('clothes', colour))]
+    options = ['--portrait', portrait, '--edit', f'{known[0]} clothes', f'in {known[-1]}']
+    sample_in(trained, tmp_path / 'a', *options)
+    (strip,) = (tmp_path / 'a').glob('*/edits.png')
+    with Image.open(strip) as image:
+        assert image.size == (5 * 32, 2 * 32)
+    planes = planes_in(tmp_path / 'a')
+    assert len(planes) == 3
+    sample_in(trained, tmp_path / 'b', *options, '--strength', 0)
+    still = planes_in(tmp_path / 'b')
+    assert torch.equal(still[0], planes[0])
+    assert torch.equal(still[1], still[0]) and torch.equal(still[2], still[0])
+
+
+def test_models_without_words_say_so(trained, tmp_path):
+    models = running.load_models(trained / 'runs', trained / 'fits')
+    shutil.copytree(trained / 'runs', tmp_path / 'runs')
+    shutil.copy(trained / 'old' / 'base.pt', tmp_path / 'runs' / 'base.pt')
+    models = running.load_models(tmp_path / 'runs', trained / 'fits')
+    assert not running.has_latents(models, 'text')
+    with pytest.raises(rh.Stop, match='takes no vectors'):
+        running.load_latents(models, 'text')
+
+
+# Published CLIP -----------------------------------------------------------------------------------
+@pytest.fixture
+def published(tmp_path):
+    """A folder with a small random CLIP of transformers, of the published one's classes."""
+    transformers = pytest.importorskip('transformers')
+    letters = [chr(i) for i in range(33, 127)]
+    words = [*letters, *(f'{x}</w>' for x in letters), '<|startoftext|>', '<|endoftext|>']
+    (tmp_path / 'vocab.json').write_text(json.dumps({x: i for i, x in enumerate(words)}))
+    (tmp_path / 'merges.txt').write_text('#version: 0.2\n')
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.CLIPConfig(
+        text_config=dict(
+            sizes, vocab_size=len(words), max_position_embeddings=77, eos_token_id=len(words) - 1
+        ),
+        vision_config=dict(sizes, image_size=32, patch_size=16),
+        projection_dim=24,
+    )
+    tokenizer = transformers.CLIPTokenizer(
+        str(tmp_path / 'vocab.json'), str(tmp_path / 'merges.txt')
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / 'published')
+    tokenizer.save_pretrained(tmp_path / 'published')
+    return tmp_path / 'published'
+
+
+def test_published_clip_has_the_same_methods(published, tmp_path):
+    run(train, '--stage', 'clip', '--clip', published, '--runs', tmp_path / 'runs')
+    clip = running.load_clip(tmp_path / 'runs', 'cpu')
+    assert clip.config.latent_width == 24
+    z = clip.encode_images(torch.rand(2, 3, 64, 64) * 2 - 1)
+    words = clip.encode_texts(['a man', 'a man with a very long red beard ' * 30])
+    rows = torch.stack([captions.as_vector({'sex': 'man', 'hair': 'red'})] * 2)
+    for x in (z, words, clip.encode_facts(rows)):
+        assert x.shape == (2, 24)
+        assert torch.allclose(x.norm(dim=1), torch.tensor(24.0).sqrt().expand(2))
+
+
+def test_published_clip_against_the_model_itself(published):
+    """The same numbers as CLIPModel gives, up to the length that we set."""
+    clip = rodin.load_published(published)
+    images = torch.rand(2, 3, 32, 32)
+    mean = torch.tensor(clip.MEAN)[:, None, None]
+    pixels = (images - mean) / torch.tensor(clip.STD)[:, None, None]
+    tokens = clip.tokenizer(['red hair', 'a man'], padding=True, return_tensors='pt')
+    with torch.no_grad():
+        out = clip.model(pixel_values=pixels, **tokens)
+        z = clip.encode_images(images * 2 - 1)
+        words = clip.encode_texts(['red hair', 'a man'])
+    for ours, theirs in ((z, out.image_embeds), (words, out.text_embeds)):
+        assert torch.allclose(ours, theirs * 24 ** 0.5, atol=1e-4)
+
+
+def test_what_is_no_published_clip_is_refused(published, tmp_path):
+    with pytest.raises(rh.Stop, match='no CLIP of transformers'):
+        rodin.load_published(tmp_path / 'nothing')
+    from safetensors.torch import load_file, save_file
+    weights = load_file(published / 'model.safetensors')
+    weights.pop('visual_projection.weight')
+    save_file(weights, published / 'model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(rh.Stop, match=r'missing_keys.*visual_projection'):
+        rodin.load_published(published)
