@@ -467,7 +467,7 @@ def edit(models, sampled, args, how):
         changes = heard('--edit', text, clip)
         vectors = [rodin.edited(clip, z, changes, args.strength * s) for s in STRENGTHS]
         made = [rh.generate(models, rh.nobody(config, 1, v[None]), **how).planes for v in vectors]
-        strip = torch.cat([sampled.planes[:1] + x - made[0] for x in made]).clamp(-1, 1)
+        strip = torch.cat([sampled.planes[:1] + (x - made[0]) for x in made]).clamp(-1, 1)
         strips.append(strip)
         edited.append(strip[STRENGTHS.index(1.0)])
     return Edits(torch.stack([sampled.planes[0], *edited]), strips)
