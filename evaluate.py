@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
 import batches
+import frozen
 import likeness
 import metrics
 import rodinhd as rh
@@ -98,23 +99,31 @@ def seed_of(folder, args):
     return args.seed + zlib.crc32(folder.name.encode())
 
 
-def see(field, grid, views, config, device):
-    """Renders a field as the cameras of `views` see it, in pictures of their size -> Shots."""
+def shots_of(render, views, device):
+    """Takes what render(c2w, intrinsics, height, width) draws for each camera of `views`, in
+    pictures of their size -> Shots."""
     height, width = views.images.shape[1:3]
     images, opacities = [], []
     for c2w, intrinsics in zip(views.c2w, views.intrinsics):
-        camera = c2w.to(device), intrinsics.to(device)
-        picture = rh.render_view(field, *camera, height, width, config.steps, grid)
+        picture = render(c2w.to(device), intrinsics.to(device), height, width)
         images.append(picture.rgb.cpu().permute(2, 0, 1))
         opacities.append(picture.opacity.cpu()[None])
     return Shots(torch.stack(images), torch.stack(opacities))
 
 
+def see(field, grid, views, config, device):
+    """Renders a field as the cameras of `views` see it -> Shots."""
+
+    def render(*camera):
+        return rh.render_view(field, *camera, config.steps, grid)
+
+    return shots_of(render, views, device)
+
+
 def photograph(avatar, views, device):
     """Renders an Avatar as `see` does, with a grid made of its density: it may have no hull."""
-    field = rh.PlaneField(*avatar)
-    config = avatar.decoder.config
-    return see(field, rh.grid_for(field, config, device), views, config, device)
+    field = frozen.freeze(*avatar)
+    return shots_of(functools.partial(frozen.render_view, field), views, device)
 
 
 def blank_views(c2w, size):

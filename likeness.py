@@ -16,6 +16,7 @@ The chapters: 1 the ground behind a person, 2 the place of a person, 3 straighte
 5 further photographs.
 Images are in [-1, 1] in portraits and in Seen, and in 0..1 wherever else they appear.
 """
+import functools
 import importlib.util
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+import frozen
 import rodinhd as rh
 
 FRONT = (0, 2)  # azimuth and elevation of the camera of portraits, degrees: see rh.portrait_camera
@@ -285,17 +287,15 @@ REACHES = (21, 11)  # of person_near, one after the other
 @torch.autocast('cuda', enabled=False)
 def front_view(planes, decoder, P):
     """Renders an avatar's planes (3, C, R, R) as a portrait of P pixels a side -> Front."""
-    field = rh.PlaneField(planes.float(), decoder)
-    grid = rh.grid_for(field, decoder.config, planes.device)
-    return view_from(field, grid, FRONT, P)
+    return view_from(frozen.freeze(planes.float(), decoder), FRONT, P)
 
 
-def view_from(field, grid, angles, P):
-    """Renders a field as a portrait from azimuth and elevation, in degrees -> Front."""
-    device = grid.values.device
+def view_from(field, angles, P):
+    """Renders a Frozen as a portrait from azimuth and elevation, in degrees -> Front."""
+    device = field.planes.device
     _, intrinsics = rh.portrait_camera(P, device)
     pose = rh.orbit_pose(*angles).to(device)
-    picture = rh.render_view(field, pose, intrinsics, P, P, grid.steps, grid)
+    picture = frozen.render_view(field, pose, intrinsics, P, P)
     return Front(picture.rgb.permute(2, 0, 1), picture.opacity[None])
 
 
@@ -309,12 +309,13 @@ class Found(NamedTuple):
 
 def find_in_photograph(front, usual, photograph):
     """Finds the person of a Front in a photograph (3, P, P) in 0..1 on any ground -> Found;
-    usual (1, P, P) is the opacity of a usual avatar."""
+    usual() gives the opacity (1, P, P) of a usual avatar; None: it is as this one's."""
     believed = torch.ones_like(front.opacity)
     place = register(*front, photograph)
 
     for reach in REACHES:  # the second time it is known better where the person is
-        avatars = torch.cat([front.opacity, usual])  # (2, P, P)
+        certain = usual() if usual else front.opacity
+        avatars = torch.cat([front.opacity, certain])  # (2, P, P)
         if place is not None:  # moved to where the photograph has the person
             scale, *shift = place
             back = (-distance / scale for distance in shift)
@@ -351,7 +352,7 @@ def find_person(front, usual, image, alpha):
 @torch.autocast('cuda', enabled=False)
 def straighten_one(view, opacity, usual, image, alpha):
     """Does `straighten` for one portrait (3, P, P) in [-1, 1] of alpha (1, P, P) -> Seen, by the
-    `front_view` of a sample; usual (1, P, P) is the opacity of a usual avatar."""
+    `front_view` of a sample; usual: see find_in_photograph."""
     found = find_person(Front(view, opacity), usual, (image + 1) / 2, alpha)
     white, person = found.cutout
     believed = found.believed
@@ -369,8 +370,18 @@ def straighten_one(view, opacity, usual, image, alpha):
     return Seen(white * 2 - 1, person, believed * (known > 0.99))
 
 
+class Straight(NamedTuple):
+    """What `straighten` found."""
+
+    seen: Seen
+    avatars: rh.Avatars | None  # of what was seen, where one of its samples is that
+
+
+SAME = 1e-3  # mean difference of images in [-1, 1] that show the same
+
+
 def straighten(models, images, alpha=None, **how):
-    """Shows portraits as training had them: on white, each person in its place -> Seen.
+    """Shows portraits as training had them: on white, each person in its place -> Straight.
 
     images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1. The
     persons are found with the avatars of a first sample, and then with those of a second one, of
@@ -385,11 +396,12 @@ def straighten(models, images, alpha=None, **how):
     images = images.to(device)
     alpha = alpha.to(device)
 
-    # A network without a prior (see shortcuts.py) knows no mean avatar.
-    usual = torch.ones(1, P, P, device=device)
-    if prior is not None:
+    @functools.cache
+    def usual():  # a network without a prior (see shortcuts.py) knows no mean avatar
+        if prior is None:
+            return torch.ones(1, P, P, device=device)
         mean = rh.resize_planes(prior.mean[0], decoder.config.resolution)
-        usual = front_view(mean, decoder, P).opacity
+        return front_view(mean, decoder, P).opacity
 
     shown = images
     for _ in range(2):
@@ -400,10 +412,12 @@ def straighten(models, images, alpha=None, **how):
             parts.append(straighten_one(*front, usual, image, a))
         seen = Seen(*map(torch.stack, zip(*parts)))
 
-        if (seen.images - images).abs().mean() < 1e-3:  # they are as they were
+        if (seen.images - shown).abs().mean((1, 2, 3)).max() < SAME:
+            return Straight(seen, avatars)
+        if (seen.images - images).abs().mean() < SAME:  # they are as they were
             break
         shown = seen.images
-    return seen
+    return Straight(seen, None)
 
 
 # 4 Fitting ----------------------------------------------------------------------------------------
@@ -544,15 +558,15 @@ class Photograph(NamedTuple):
     azimuth: float  # of the camera, degrees: 0 is the front, 90 the person's left side
 
 
-def refined_angles(field, grid, cutout, azimuth):
-    """Finds the azimuth, near one that is known, and the elevation from which a field looks most
+def refined_angles(field, cutout, azimuth):
+    """Finds the azimuth, near one that is known, and the elevation from which a Frozen looks most
     like a Cutout."""
     image, alpha = (
         F.interpolate(x[None], size=POSE_SIDE, mode='area') for x in (cutout.image, cutout.alpha)
     )
 
     def cost(angles):
-        view, opacity = view_from(field, grid, angles, POSE_SIDE)
+        view, opacity = view_from(field, angles, POSE_SIDE)
         black = view - (1 - opacity)
         return float(cost_on_white(black[None], opacity[None], image, alpha))
 
@@ -564,17 +578,16 @@ def refined_angles(field, grid, cutout, azimuth):
 @torch.autocast('cuda', enabled=False)
 def find_views(planes, decoder, photographs):
     """Finds the person of an avatar's planes (3, C, R, R) in further Photographs -> [View]."""
-    field = rh.PlaneField(planes.float(), decoder)
-    grid = rh.grid_for(field, decoder.config, planes.device)
+    field = frozen.freeze(planes.float(), decoder)
     views = []
     for image, alpha, azimuth in photographs:
         image, alpha = image.to(planes.device), alpha.to(planes.device)
         angles = (azimuth, 0)
         for _ in range(2):  # the place tells the angles, and these a better place
-            front = view_from(field, grid, angles, image.shape[-1])
-            seen = straighten_one(*front, front.opacity, image, alpha)
+            front = view_from(field, angles, image.shape[-1])
+            seen = straighten_one(*front, None, image, alpha)
             cutout = Cutout((seen.images + 1) / 2, seen.alpha)
-            angles = refined_angles(field, grid, cutout, azimuth)
+            angles = refined_angles(field, cutout, azimuth)
         views.append(View(seen, angles))
     return views
 
@@ -608,8 +621,10 @@ def avatars_of(models, images, refine_steps=None, alpha=None, photographs=(), **
     if not refine_steps:
         return rh.generate(models, images, **how).planes
 
-    seen = straighten(models, images, alpha, **how)
-    planes = rh.generate(models, seen.images, **how).planes
+    seen, avatars = straighten(models, images, alpha, **how)
+    if avatars is None:
+        avatars = rh.generate(models, seen.images, **how)
+    planes = avatars.planes
     seed = how.get('seed', 0)
     if photographs:
         one = Seen(*(x[0] for x in seen))

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 import export
+import frozen
 import rodinhd as rh
 
 ELEVATION = 5  # of the turntable's camera, degrees
@@ -20,15 +21,14 @@ VIEWER_FRAMES = 12  # at most
 class Avatar(NamedTuple):
     """An avatar to be drawn."""
 
-    field: rh.PlaneField
+    field: frozen.Frozen
     grid: rh.OccupancyGrid
 
 
 def avatar_of(planes, decoder, config):
     """Makes planes (3, C, R, R) an Avatar. Haze is not drawn: the threshold is the paper's."""
-    field = rh.PlaneField(planes, decoder)
-    threshold = 10 * config.steps / 1024
-    return Avatar(field, rh.grid_for(field, config, planes.device, threshold=threshold))
+    field = frozen.freeze(planes, decoder, threshold=10 * config.steps / 1024)
+    return Avatar(field, field.grid)
 
 
 # Views --------------------------------------------------------------------------------------------
@@ -52,11 +52,10 @@ class Turn:
 
 def draw(avatar, azimuth, size):
     """Draws one view of an avatar as it turns."""
-    field, grid = avatar
-    device = grid.values.device
+    device = avatar.grid.values.device
     pose = rh.orbit_pose(azimuth, ELEVATION).to(device)
     intrinsics = rh.intrinsics_of(rh.PORTRAIT_FOV, size).to(device)
-    view = rh.render_view(field, pose, intrinsics, size, size, grid.steps, grid).rgb
+    view = frozen.render_view(avatar.field, pose, intrinsics, size, size).rgb
     return (view * 255).round().byte().cpu().numpy()
 
 

@@ -433,13 +433,16 @@ def parts_of(total, config):
 
 
 def straighten(models, given, parts, how):
-    """Does likeness.straighten for the Portraits `given`, in parts."""
-    seen = []
+    """Does likeness.straighten for the Portraits `given`, in parts -> likeness.Straight."""
+    found = []
     for part in parts:
         images, alpha = (x[part] for x in given)
         seed = how['seed'] + part.start
-        seen.append(likeness.straighten(models, images, alpha, **{**how, 'seed': seed}))
-    return likeness.Seen(*map(torch.cat, zip(*seen)))
+        found.append(likeness.straighten(models, images, alpha, **{**how, 'seed': seed}))
+    seen = likeness.Seen(*map(torch.cat, zip(*(part.seen for part in found))))
+    if any(part.avatars is None for part in found):
+        return likeness.Straight(seen, None)
+    return likeness.Straight(seen, rh.Avatars(*map(torch.cat, zip(*(p.avatars for p in found)))))
 
 
 class Edits(NamedTuple):
@@ -505,14 +508,17 @@ def sample(models, given, count, args, photographs=(), vectors=None):
         if given and args.refine:
             parts = parts_of(len(images), config)
             found_by = {**how, 'progress': bars('finding the person')}
-            seen = straighten(models, given._replace(images=images), parts, found_by)
+            seen, avatars = straighten(models, given._replace(images=images), parts, found_by)
             images = seen.images
+            if avatars and count == 1:  # which are those that are asked for
+                found = [avatars]
 
         total = count
         if given and not args.interpolate:
             images_of_all = images.repeat_interleave(count, dim=0)
             total = len(images_of_all)
-        for part in parts_of(total, config):
+        parts = [] if found else parts_of(total, config)
+        for part in parts:
             size = part.stop - part.start
             following = {**how, 'seed': args.seed + part.start}
             if args.interpolate:

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import batches
+import frozen
 import latents
 import provenance
 import rodinhd as rh
@@ -301,10 +302,8 @@ def learn_prior(network, items, config):
 def front_view(planes, decoder, config):
     """Planes (3, C, R, R) as a portrait shows them, (P, P, 3) in 0..1."""
     P = config.portrait
-    field = rh.PlaneField(planes, decoder)
-    grid = rh.grid_for(field, config, planes.device)
     camera = rh.portrait_camera(P, planes.device)
-    return rh.render_view(field, *camera, P, P, config.steps, grid).rgb
+    return frozen.render_view(frozen.freeze(planes, decoder), *camera, P, P).rgb
 
 
 # Training -----------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_a_clean_portrait_is_left_as_it_is(portrait, monkeypatch, settings):
     other = portrait * 0.5 + 0.5 * torch.rand(3, 64, 64)  # no flat ground
     monkeypatch.setattr(likeness, 'person_near', lambda *_: None)  # as without OpenCV
     monkeypatch.setattr(likeness, 'register', lambda *_, **__: None)  # untrained models: no avatar
-    seen = likeness.straighten(models, torch.stack([portrait, other]))
+    seen, _ = likeness.straighten(models, torch.stack([portrait, other]))
     assert (seen.images[0] - portrait).abs().max() < 1e-5
     assert (seen.known[0] == 1).all()
     assert seen.images.shape == (2, 3, 64, 64)
@@ -196,7 +196,7 @@ def test_a_clean_portrait_is_left_as_it_is(portrait, monkeypatch, settings):
 def test_where_nobody_is_nothing_is_known(ball):
     view, opacity = ball
     nobody = torch.full_like(view, 0.3)
-    seen = likeness.straighten_one(view, opacity, opacity, nobody, torch.ones_like(opacity))
+    seen = likeness.straighten_one(view, opacity, None, nobody, torch.ones_like(opacity))
     assert (seen.images == 1).all()
     assert seen.known.max() == seen.alpha.max() == 0
     assert likeness.register(view, 0 * opacity, view, opacity) is None
@@ -244,7 +244,7 @@ def test_a_portrait_that_is_shifted_is_moved_back(shipped, how):
     alpha = rgba[3:] if how == 'alpha' else torch.ones(1, 64, 64)
 
     front = likeness.front_view(shipped.mean, shipped.decoder, 64)
-    seen = likeness.straighten_one(*front, opacity, image * 2 - 1, alpha)
+    seen = likeness.straighten_one(*front, lambda: opacity, image * 2 - 1, alpha)
     error = (seen.images + 1) / 2 - view
     assert seen.known.mean() > 0.9
     assert (seen.known * error).square().mean() < (8e-3 if how == 'photograph' else 1e-3)
@@ -307,7 +307,8 @@ def test_avatars_are_fitted_as_long_as_the_model_says(tiny, portrait, monkeypatc
         steps.append(count)
         return planes + 1
 
-    monkeypatch.setattr(likeness, 'straighten', lambda *_, **__: seen)
+    found = likeness.Straight(seen, None)
+    monkeypatch.setattr(likeness, 'straighten', lambda *_, **__: found)
     monkeypatch.setattr(rh, 'generate', lambda *_, **__: rh.Avatars(sampled, sampled))
     monkeypatch.setattr(likeness, 'fit_to_portrait', fit)
     assert torch.equal(likeness.avatars_of(models, portrait[None]), sampled + 1)
