@@ -211,7 +211,7 @@ BRIEFLY = dict(
     fog_start=1, mean_start=1, rescale=0.25, fisher_batches=16, positions=1, aligned=1,
     base_aligned=1, mirror=1, base_predict='x_start', identity_start=1, clip_grad=1.0,
     likeness_steps=40,
-    prior_layers=6, prior_width=128, prior_steps=4000, prior_lr=1e-3, text_steps=6000, text_lr=1e-3,
+    prior_layers=6, prior_width=128, prior_steps=1500, prior_lr=2e-3, text_steps=2500, text_lr=2e-3,
 )
 PRESETS = {
     'paper': {},
