@@ -200,10 +200,13 @@ class Draws(torch.utils.data.Dataset):
         step, j, i = index
         seed = 2 * (((self.seed * 1_000_003 + step) * MOST_SAMPLES + j) % 2 ** 61)
         torch.manual_seed(seed)
-        if j < self.patches:
-            sample = self.items.with_patch(i, self.side, self.front)
-        else:
-            sample = self.items[i]
+        try:
+            if j < self.patches:
+                sample = self.items.with_patch(i, self.side, self.front)
+            else:
+                sample = self.items[i]
+        except rh.Stop as stop:  # a DataLoader would hand it on in twenty lines
+            return {'stop': str(stop)}
         return {**sample, 'seed': seed + 1}
 
 
@@ -218,6 +221,8 @@ def drawn(samples, draw, device):
     """
     made = []
     for sample in samples:
+        if 'stop' in sample:
+            rh.stop(sample['stop'])
         sample = moved(sample, device)
         torch.manual_seed(sample['seed'])
         made.append(draw(in_floats(sample)))

@@ -15,10 +15,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import endings  # noqa: F401  # isort: skip  # before PyTorch, whose import takes seconds
 import torch
@@ -158,12 +161,16 @@ def summary(args, name, scores):
 
 
 # The decoder --------------------------------------------------------------------------------------
+PREPARED_OF = ('grid', 'silhouette_rays', 'hull_start')  # settings that rodinhd.prepare sees
+
+
 class Tasks:
     """The avatars of stage 1, as rodinhd.replay asks for them: on disk between their visits.
 
     Each rank visits every world-th avatar. There are two sets of files in turn, 0/ and 1/, of
     which a round of visits reads one and writes the other: a round that is repeated after an
-    interruption finds what it read.
+    interruption finds what it read. Images are decoded and made rays of at the first visit, and
+    kept in views/; while an avatar is visited, the next one is read.
     """
     def __init__(self, args, folders, sources, decoder, config, begin):
         self.args = args
@@ -176,6 +183,7 @@ class Tasks:
         self.state = args.fits / 'decoder-state'
         self.rounds = -(-len(folders) // self.world)
         self.terms = {}  # of the loss, as they were reported last
+        self.ahead = running.Ahead()
         self.bar = running.Bar(
             total=config.outer * self.rounds,
             initial=begin,
@@ -196,7 +204,10 @@ class Tasks:
         outer = n // self.rounds
         if place >= len(self.folders):
             return None
-        views = training_views(self.folders[place], self.args)
+        views = self.ahead.take(place, functools.partial(self.prepared, place))
+        following = self.place(n + 1)
+        if n + 1 < self.config.outer * self.rounds and following < len(self.folders):
+            self.ahead.begin(following, functools.partial(self.prepared, following))
         if outer > 0:
             path = self.path(place, outer - 1)
             saved = running.read_checkpoint(path, 'visit')
@@ -211,6 +222,28 @@ class Tasks:
             return rh.Task(views, self.decoder.start, None)
         generator = torch.Generator().manual_seed(self.args.seed + place)
         return rh.Task(views, rh.new_planes(self.decoder, self.config, generator), None)
+
+    def prepared(self, place):
+        """The views of an avatar as rodinhd.prepare makes them: kept ones, where they are of these
+        images and settings."""
+        folder = self.folders[place]
+        path = self.state / 'views' / f'{folder.name}.pt'
+        key = {name: getattr(self.config, name) for name in PREPARED_OF}
+        key |= provenance.outline_of(folder) | {'downscale': self.args.downscale}
+        if path.exists():
+            kept = running.read_checkpoint(path, 'views', whole=False)
+            if kept['key'] == key:
+                return rh.Prepared(rh.Rays.of(kept['rays']), kept['hull'])
+
+        views = training_views(folder, self.args)
+        made = rh.prepare(views, self.config, 'cpu', decoder_learns=True)
+        if self.config.outer > 1:
+            try:
+                content = {'key': key, 'rays': vars(made.rays), 'hull': made.hull}
+                running.write_checkpoint(path, 'views', content)
+            except rh.Stop as stop:  # a full disk is no reason to end
+                rh.note(f'{stop}; images are decoded again at each visit')
+        return made
 
     def keep(self, n, visit):
         running.write_checkpoint(self.path(self.place(n), n // self.rounds), 'visit', {
@@ -445,10 +478,35 @@ def measure_decoder(tasks, config, settings):
 
 
 # Planes -------------------------------------------------------------------------------------------
+class Avatar(NamedTuple):
+    """All that is read of an avatar to fit its planes."""
+    source: dict  # of provenance.of_avatar
+    box: tuple
+    views: rh.Prepared
+    held_out: rh.Views | None
+    portrait: dict  # of provenance.of_portrait
+
+
+def read_avatar(folder, args, config):
+    """Reads an Avatar. What is fitted is what was there before: images that are replaced meanwhile
+    are noticed."""
+    source = provenance.of_avatar(folder)
+    box = scenes.read_box(folder)
+    views = scenes.load_views(folder, 'train', box, args.downscale)
+    return Avatar(
+        source,
+        box,
+        rh.prepare(views, config, 'cpu', decoder_learns=False),
+        held_out_views(folder, args, args.held_out),
+        provenance.of_portrait(folder, config.portrait),
+    )
+
+
 def fit_planes(args, config, rank, world, device):
     """The second stage: avatars are independent under the frozen decoder.
 
-    Each rank takes every world-th; those that are finished are skipped.
+    Each rank takes every world-th; those that are finished are skipped, and those that cannot be
+    fitted, which are named at the end. While an avatar is fitted, the next one is read.
     """
     decoder = load_decoder(args.fits, config, device)
     if config.mean_start and not args.fresh:
@@ -461,6 +519,8 @@ def fit_planes(args, config, rank, world, device):
 
     scores = {}
     left = []
+    failed = {}  # {name: why}
+    ahead = running.Ahead()
     folders = avatars_of(args.data)[:args.count]
     share = folders[rank::world]
     bar = running.Bar(total=len(share), disable=rank > 0, desc='avatars')
@@ -468,6 +528,10 @@ def fit_planes(args, config, rank, world, device):
     def place(folder):
         return args.fits / f'{folder.name}.pt'
 
+    def read(folder):
+        return functools.partial(read_avatar, folder, args, config)
+
+    after = dict(itertools.pairwise(share))
     for folder in running.claimed(share, place, left):
         bar.update()
         saved = finished(place(folder), folder, decoder, settings)
@@ -475,46 +539,56 @@ def fit_planes(args, config, rank, world, device):
             scores[folder.name] = saved['psnr']
             continue
 
-        # What is fitted is what was there before: images that are replaced meanwhile are noticed
-        source = provenance.of_avatar(folder)
-        box = scenes.read_box(folder)
-        views = scenes.load_views(folder, 'train', box, args.downscale)
-        held_out = held_out_views(folder, args, args.held_out)
-        visit = rh.fit_avatar(
-            views,
-            start,
-            decoder,
-            config,
-            rh.by_seconds(args.seconds) if args.seconds else rh.by_steps(config.fit_steps),
-            seed=args.seed,
-            report=functools.partial(report, bar, folder.name),
-        )
+        try:
+            avatar = ahead.take(folder, read(folder))
+            following = after.get(folder)
+            if following and not place(following).exists():
+                ahead.begin(following, read(following))
+            visit = rh.fit_avatar(
+                avatar.views,
+                start,
+                decoder,
+                config,
+                rh.by_seconds(args.seconds) if args.seconds else rh.by_steps(config.fit_steps),
+                seed=args.seed,
+                report=functools.partial(report, bar, folder.name),
+            )
+        except rh.Stop as stop:  # one of 46 thousand is not the end of all
+            failed[folder.name] = str(stop)
+            print(f'{folder.name} is left out: {stop}', file=sys.stderr, flush=True)
+            continue
         scores[folder.name] = []
-        if held_out:
+        if avatar.held_out:
             field = rh.PlaneField(visit.planes, decoder)
-            scores[folder.name] = held_out_psnr(field, held_out, config, visit.grid)
+            scores[folder.name] = held_out_psnr(field, avatar.held_out, config, visit.grid)
         write_planes(
             place(folder),
             visit.planes,
-            box,
+            avatar.box,
             config,
             decoder,
             scores[folder.name],
             settings,
-            source,
-            provenance.of_portrait(folder, config.portrait),
+            avatar.source,
+            avatar.portrait,
         )
     bar.close()
     summary(args, 'fit', scores)
-    say_what_is_left(left, len(folders))
+    say_what_is_left(left, failed, len(folders))
 
 
-def say_what_is_left(left, count):
-    """Ends with status 1 where avatars of any rank were not fitted."""
+def say_what_is_left(left, failed, count):
+    """Ends with status 1 where avatars of any rank were not fitted: `left` to other processes, or
+    `failed`, {name: why}."""
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [folder.name for folder in left])
-    names = sorted(name for part in gathered for name in part)
+    dist.all_gather_object(gathered, ([folder.name for folder in left], failed))
+    names = sorted(name for part, _ in gathered for name in part)
+    failed = {name: why for _, part in gathered for name, why in part.items()}
     dist.barrier()
+    if failed and dist.get_rank() == 0:
+        rh.stop(f'{len(failed)} of {count} avatars cannot be fitted: '
+                f'{", ".join(sorted(failed)[:10])}{" ..." if len(failed) > 10 else ""}; '
+                f'{next(iter(failed.values()))}')
     if names and dist.get_rank() == 0:
         rh.stop(f'{len(names)} of {count} avatars not fitted: other processes still fit '
                 f'{", ".join(names[:3])}{" ..." if names[3:] else ""}; '

@@ -1198,6 +1198,21 @@ class Rays:
             stop('all views of an avatar are fully transparent')
         self.edges = edges if len(self.edge) else 0.0
 
+    def to(self, device):
+        """The same on a device."""
+        content = dict(vars(self))
+        for name, x in content.items():
+            if torch.is_tensor(x):
+                content[name] = x.to(device)
+        return self.of(content)
+
+    @classmethod
+    def of(cls, content):
+        """Rays of their vars(), which a file may have kept."""
+        rays = cls.__new__(cls)
+        vars(rays).update(content)
+        return rays
+
     def draw(self, n, generator):
         """rays_o and rays_d (n, 3), and the colours on white (n, 3) that they should have."""
         at_edge = int(self.edges * n)
@@ -1481,7 +1496,7 @@ def fit_avatar(
     generator = torch.Generator().manual_seed(seed)
     if isinstance(views, Views):
         views = prepare(views, config, device, decoder_learns=joint is not None)
-    rays = views.rays
+    rays = views.rays.to(device)
     grid = OccupancyGrid(config.grid, config.steps, device, views.hull)
     finite = Finite('fit')
     finite_decoder = Finite('decoder')

@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -355,6 +356,23 @@ def claimed(items, place, left):
                 left.append(item)
                 break
             time.sleep(0.2)
+
+
+class Ahead:
+    """Reads what comes next in a thread, while what is there is worked on."""
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.begun = {}
+
+    def begin(self, key, work):
+        """Begins work(), whose result will be asked for by `key`."""
+        if key not in self.begun:
+            self.begun[key] = self.thread.submit(work)
+
+    def take(self, key, work):
+        """The result of work(), of the thread where it was begun there; or what it raised."""
+        begun = self.begun.pop(key, None)
+        return begun.result() if begun else work()
 
 
 # Checkpoints --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import avatars
 import fit
@@ -139,6 +140,14 @@ def test_visual_hull_holds_the_solid_and_not_the_corners(data):
     assert hull[solid].all()
     assert not hull[[0, 0, -1, -1], [0, -1, 0, -1], [-1, -1, -1, -1]].any()
     assert hull.float().mean() < 0.5
+
+
+@pytest.mark.parametrize('radius', [0, 1, 2, 5, 40])
+def test_a_mask_grows_as_a_maximum_of_its_neighbours(radius):
+    mask = torch.rand(24, 31) < 0.02
+    window = (2 * radius + 1, 2 * radius + 1)
+    expected = F.max_pool2d(F.pad(mask.float()[None], [radius] * 4), window, 1)[0] > 0
+    assert torch.equal(rh.grown(mask, radius), expected)
 
 
 def test_half_of_the_rays_are_at_the_edge_of_the_silhouette():
@@ -280,8 +289,9 @@ def test_the_same_seed_gives_the_same_planes(data, tiny):
 
 
 def as_in_the_paper():
-    """The tiny Config without anything that the papers do not have."""
-    off = [f'{name}={getattr(rh.Config, name)}' for name in rh.NOT_IN_THE_PAPERS]
+    """The tiny Config without anything that RodinHD does not have."""
+    names = [*rh.NOT_IN_THE_PAPERS, 'rescale']
+    off = [f'{name}={getattr(rh.Config, name)}' for name in names]
     return rh.make_config('tiny', off)
 
 

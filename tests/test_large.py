@@ -1,0 +1,85 @@
+"""What many and large avatars need: nothing is read twice, one damaged avatar is not the end."""
+import shutil
+
+import pytest
+import torch
+
+import fit
+import rodinhd as rh
+import running
+import scenes
+
+BRIEF = ['fit_avatars=2', 'inner=3', 'outer=2', 'fit_steps=3']
+
+
+@pytest.fixture
+def folder(data, tmp_path):
+    """A folder with three avatars, the second of which has an image that is cut off."""
+    for name, source in zip('abc', [*scenes.list_avatars(data), scenes.list_avatars(data)[0]]):
+        shutil.copytree(source, tmp_path / 'data' / name)
+    return tmp_path
+
+
+def damage(avatar):
+    path = scenes.read_frames(avatar, 'train')[1][3]['path']
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def fitting(folder, *options):
+    folders = ['--data', str(folder / 'data'), '--fits', str(folder / 'fits')]
+    fit.main(fit.parse([*options, '--preset', 'tiny', *folders, '--set', *BRIEF]))
+
+
+def test_one_damaged_avatar_is_left_out_and_named(folder, tiny, capfd):
+    decoder = rh.Decoder(tiny).state_dict()
+    running.write_model(folder / 'fits/decoder.pt', 'decoder', tiny, decoder, 0)
+    path = damage(folder / 'data/b')
+    message = f'1 of 3 avatars cannot be fitted: b; {path}: not a readable'
+    with pytest.raises(rh.Stop, match=message):
+        fitting(folder)
+    assert 'b is left out' in capfd.readouterr().err
+    assert sorted(path.name for path in folder.glob('fits/?.pt')) == ['a.pt', 'c.pt']
+
+
+def test_images_are_decoded_at_the_first_of_all_visits(folder, monkeypatch):
+    """That gives the planes that decoding them at each visit gives."""
+    read = []
+
+    def watched(avatar, args, original=fit.training_views):
+        read.append(avatar.name)
+        return original(avatar, args)
+
+    monkeypatch.setattr(fit, 'training_views', watched)
+    fitting(folder, '--decoder')
+    assert sorted(read) == ['a', 'b']
+    first = running.load_model('decoder', folder / 'fits', 'cpu')
+    assert not list(folder.glob('fits/*state*'))
+
+    shutil.rmtree(folder / 'fits')
+    write = running.write_checkpoint
+
+    def forgetful(path, kind, content):
+        if kind != 'views':
+            write(path, kind, content)
+
+    monkeypatch.setattr(running, 'write_checkpoint', forgetful)
+    fitting(folder, '--decoder')
+    assert sorted(read) == ['a'] * 3 + ['b'] * 3  # once before, twice now
+    assert running.load_model('decoder', folder / 'fits', 'cpu').fingerprint == first.fingerprint
+
+
+def test_views_are_decoded_again_where_images_are_others(folder, monkeypatch):
+    args = fit.parse(['--data', str(folder / 'data'), '--fits', str(folder / 'fits')])
+    folders = scenes.list_avatars(args.data)
+    config = rh.make_config('tiny', BRIEF)
+    running.start('cpu')
+    tasks = fit.Tasks(args, folders, {}, rh.Decoder(config), config, 0)
+    first = tasks.prepared(0)
+    kept = tasks.prepared(0)
+    assert vars(first.rays).keys() == vars(kept.rays).keys()
+    assert (first.rays.pixels == kept.rays.pixels).all()
+
+    frames = scenes.read_frames(folders[0], 'train')[1]
+    shutil.copy(frames[1]['path'], frames[0]['path'])
+    assert not torch.equal(tasks.prepared(0).rays.pixels, first.rays.pixels)
