@@ -190,7 +190,7 @@ def test_an_interrupted_stage_goes_on_with_what_it_began_with(copy, tiny):
     content = torch.load(path, weights_only=True)
     content['planes'][0, 0, 0, 0] += 1
     running.write_checkpoint(path, 'planes', content)
-    refused(lambda: train.main(args), 'base-state.pt', 'another planes')
+    refused(lambda: train.main(args), 'base-state.pt', 'another fitted planes')
 
 
 def test_an_avatar_is_not_called_decoder(copy):
