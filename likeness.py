@@ -13,7 +13,7 @@ Further photographs, of which is known from about where they were taken, are fou
 far (`find_views`), and the planes are fitted to all of them.
 
 The chapters: 1 the ground behind a person, 2 the place of a person, 3 straightening, 4 fitting,
-5 further photographs.
+5 sampling towards the portrait, 6 further photographs.
 Images are in [-1, 1] in portraits and in Seen, and in 0..1 wherever else they appear.
 """
 import functools
@@ -370,22 +370,15 @@ def straighten_one(view, opacity, usual, image, alpha):
     return Seen(white * 2 - 1, person, believed * (known > 0.99))
 
 
-class Straight(NamedTuple):
-    """What `straighten` found."""
-
-    seen: Seen
-    avatars: rh.Avatars | None  # of what was seen, where one of its samples is that
-
-
 SAME = 1e-3  # mean difference of images in [-1, 1] that show the same
 
 
 def straighten(models, images, alpha=None, **how):
-    """Shows portraits as training had them: on white, each person in its place -> Straight.
+    """Shows portraits as training had them: on white, each person in its place -> Seen.
 
     images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1. The
-    persons are found with the avatars of a first sample, and then with those of a second one, of
-    what was found first. how: see rh.generate.
+    persons are found with the avatars of a first sample, of the base model alone, and then with
+    those of a second one, of what was found first. how: see rh.generate.
     """
     decoder = models['decoder']
     prior = getattr(models['base'], 'prior', None)
@@ -405,19 +398,17 @@ def straighten(models, images, alpha=None, **how):
 
     shown = images
     for _ in range(2):
-        avatars = rh.generate(models, shown, **how)
+        avatars = rh.generate(models, shown, quick=True, **how)
         parts = []
         for planes, image, a in zip(avatars.planes, images, alpha):
             front = front_view(planes, decoder, P)
             parts.append(straighten_one(*front, usual, image, a))
         seen = Seen(*map(torch.stack, zip(*parts)))
 
-        if (seen.images - shown).abs().mean((1, 2, 3)).max() < SAME:
-            return Straight(seen, avatars)
-        if (seen.images - images).abs().mean() < SAME:  # they are as they were
+        if (seen.images - shown).abs().mean() < SAME:  # they are as they were
             break
         shown = seen.images
-    return Straight(seen, None)
+    return seen
 
 
 # 4 Fitting ----------------------------------------------------------------------------------------
@@ -432,10 +423,10 @@ WEIGHT_EMPTY = 0.1  # of the log density there
 GRID_EVERY = 10  # steps
 
 
-def new_corrections(planes):
+def new_corrections(planes, levels=LEVELS):
     """Zeros (3, C, r, r) for each level of planes (3, C, R, R), to be optimised."""
     R = planes.shape[-1]
-    sides = [max(R // level, 2) for level in LEVELS]
+    sides = [max(R // level, 2) for level in levels]
     return [
         torch.zeros(*planes.shape[:2], r, r, device=planes.device, requires_grad=True)
         for r in sides
@@ -541,7 +532,69 @@ def fit_to_portrait(planes, seen, decoder, steps, seed=0, report=None):
     return torch.stack(fitted)
 
 
-# 5 Further photographs ----------------------------------------------------------------------------
+# 5 Sampling towards the portrait ------------------------------------------------------------------
+# Fitting mends what the portrait shows, and the rest stays as it was sampled. So the portrait takes
+# part in sampling, too: what the base network takes the avatar for is corrected in each step, and
+# the network, in the steps that follow, makes the rest to match (after DAPS, Zhang et al. 2025, and
+# the guided sampling of SSDNeRF, Chen et al. 2023).
+TOWARDS_SIDE = 64  # pixels a side that the portrait has there
+TOWARDS_RAYS = 1024  # a step of descent, of
+TOWARDS_SAMPLES = 64  # lattice points along the diagonal of the box
+TOWARDS_STEPS = 8  # of descent in each step of sampling
+TOWARDS_RATE = 1e-2
+TOWARDS_LEVELS = (8, 4, 2, 1)  # corrections are planes of r/8 ... r texels a side
+
+
+def in_small(seen):
+    """The Seen of one portrait in TOWARDS_SIDE pixels a side."""
+    return Seen(*(F.interpolate(x[None], size=TOWARDS_SIDE, mode='area')[0] for x in seen))
+
+
+def towards(seen, decoder, seed=0):
+    """What brings low-resolution planes (B, 3, C, r, r) nearer to the portraits `seen`, a Seen: a
+    function of planes, `correct` of rh.Diffusion.sample."""
+    targets = []
+    for portrait in zip(*seen):
+        target = target_of(View(in_small(Seen(*portrait))))
+        near, far = rh.intersect_box(target.rays_o, target.rays_d)
+        used = (far > near) & (target.known[:, 0] > 0)
+        targets.append(Target(*(x[used] for x in target)))
+    generator = torch.Generator().manual_seed(seed)
+
+    def correct(planes):
+        pairs = zip(planes, targets)
+        return torch.stack([nearer(one, target, decoder, generator) for one, target in pairs])
+
+    return correct
+
+
+@torch.enable_grad()
+@torch.autocast('cpu', enabled=False)
+@torch.autocast('cuda', enabled=False)
+def nearer(planes, target, decoder, generator):
+    """Low-resolution planes (3, C, r, r) after a few steps of descent on a Target's pixels."""
+    device = planes.device
+    if not len(target.rgb):
+        return planes
+    corrections = new_corrections(planes, TOWARDS_LEVELS)
+    optimizer = torch.optim.Adam(corrections, lr=TOWARDS_RATE, betas=(0.9, 0.99))
+    for _ in range(TOWARDS_STEPS):
+        pick = torch.randint(len(target.rgb), (TOWARDS_RAYS,), generator=generator).to(device)
+        offset = torch.rand(TOWARDS_RAYS, generator=generator).to(device)
+        ground = torch.rand(TOWARDS_RAYS, 3, generator=generator).to(device)
+        rays_o, rays_d, rgb, alpha, known = (x[pick] for x in target)
+
+        field = rh.PlaneField(corrected(planes, corrections), decoder)
+        found = rh.render(field, rays_o, rays_d, TOWARDS_SAMPLES, None, offset, ground).rgb
+        error = found - rgb + (1 - alpha) * (1 - ground)
+        loss = (known * error.square()).mean()
+        for correction, gradient in zip(corrections, torch.autograd.grad(loss, corrections)):
+            correction.grad = gradient
+        optimizer.step()
+    return corrected(planes, corrections).detach()
+
+
+# 6 Further photographs ----------------------------------------------------------------------------
 # Of a further photograph somebody has said from about where it was taken. The avatar, which is
 # fitted to the portrait already, tells the rest: where the person is in it, and the exact angles.
 TURNS = (-10, -5, 0, 5, 10)  # degrees around the azimuth that was given
@@ -621,11 +674,10 @@ def avatars_of(models, images, refine_steps=None, alpha=None, photographs=(), **
     if not refine_steps:
         return rh.generate(models, images, **how).planes
 
-    seen, avatars = straighten(models, images, alpha, **how)
-    if avatars is None:
-        avatars = rh.generate(models, seen.images, **how)
-    planes = avatars.planes
+    seen = straighten(models, images, alpha, **how)
     seed = how.get('seed', 0)
+    correct = towards(seen, models['decoder'], seed)
+    planes = rh.generate(models, seen.images, correct=correct, **how).planes
     if photographs:
         one = Seen(*(x[0] for x in seen))
         fitted, _ = fit_to_photographs(

@@ -2508,6 +2508,7 @@ class Diffusion:
         guidance=1.0,  # s in null + s (conditional - null); 1 never runs the null condition
         steps=10,  # even steps of the chain, which begin at T - 1
         eta=1.0,  # 1 is ancestral sampling, below 1 is DDIM
+        correct=None,  # takes each x_start and returns what shall take its place
         watch=None,  # called with each x_start
         progress=iter,  # wraps the iterable of steps: tqdm, for instance
     ):
@@ -2525,6 +2526,8 @@ class Diffusion:
             t = times[i] * 1000 / self.timesteps
             prediction, variance = self.guided(model, x, t, condition, guidance)
             x_start = self.limited(self.x_start_of(prediction, x, alpha_bar))
+            if correct:
+                x_start = correct(x_start)
             if watch:
                 watch(x_start)
             if i > 0:  # the last step goes to alpha_bar = 1, where x is x_start
@@ -2622,13 +2625,16 @@ def sample_stage(
     return diffusion.sample(network, draw, condition, null, guidance, steps, **how)
 
 
-def generate(models, portrait, guidance=None, steps=None, seed=0, mix=None, **how):
+def generate(
+    models, portrait, guidance=None, steps=None, seed=0, mix=None, correct=None, quick=False, **how
+):
     """The whole cascade -> Avatars.
 
     models: {'vae', 'base', 'upsample'}. portrait: images (B, 3, P, P) in [-1, 1], a Portrait (such
     as `nobody` makes of a vector), or a number of avatars of nobody. guidance: of the base model,
-    by default its own. steps: of each model, by default its own. seed, mix: see sample_stage. how:
-    eta, watch, progress of Diffusion.sample.
+    by default its own. steps: of each model, by default its own. seed, mix: see sample_stage.
+    correct: of Diffusion.sample, for the base model. quick: without the upsample model, so that the
+    planes are the low-resolution ones, enlarged. how: eta, watch, progress of Diffusion.sample.
     """
     base = models['base']
     config = base.config
@@ -2646,6 +2652,8 @@ def generate(models, portrait, guidance=None, steps=None, seed=0, mix=None, **ho
         if portrait.vector is None:
             guidance = 1.0
     how = dict(steps=steps, seed=seed, mix=mix, **how)
-    low = sample_stage('base', base, portrait, guidance=guidance, **how)
+    low = sample_stage('base', base, portrait, guidance=guidance, correct=correct, **how)
+    if quick:
+        return Avatars(resize_planes(low, models['upsample'].config.resolution), low)
     planes = sample_stage('upsample', models['upsample'], portrait, low, **how)
     return Avatars(planes, low)

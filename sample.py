@@ -343,9 +343,9 @@ def read_photographs(args, size):
 
 
 # Avatars ------------------------------------------------------------------------------------------
-def bars(what):
-    """Makes what shows the steps of the two models, in turn, with a bar."""
-    models = itertools.cycle(('base', 'upsample'))
+def bars(what, stages=('base', 'upsample')):
+    """Makes what shows the steps of the models of stages, in turn, with a bar."""
+    models = itertools.cycle(stages)
 
     def progress(steps):
         return running.Bar(steps, desc=f'{what}, {next(models)} model')
@@ -412,9 +412,12 @@ def fit_to_all(planes, seen, photographs, decoder, steps):
 
 def fit_each(planes, seen, decoder, steps):
     """Fits planes of several avatars of each portrait to it."""
-    count = len(planes) // len(seen.images)
-    repeated = (x.repeat_interleave(count, dim=0) for x in seen)
-    return fit(planes, likeness.Seen(*repeated), decoder, steps)
+    return fit(planes, repeated(seen, len(planes) // len(seen.images)), decoder, steps)
+
+
+def repeated(seen, count):
+    """A Seen that has each portrait `count` times."""
+    return likeness.Seen(*(x.repeat_interleave(count, dim=0) for x in seen))
 
 
 def fit_passage(planes, seen, share, decoder, steps):
@@ -433,16 +436,13 @@ def parts_of(total, config):
 
 
 def straighten(models, given, parts, how):
-    """Does likeness.straighten for the Portraits `given`, in parts -> likeness.Straight."""
+    """Does likeness.straighten for the Portraits `given`, in parts -> likeness.Seen."""
     found = []
     for part in parts:
         images, alpha = (x[part] for x in given)
         seed = how['seed'] + part.start
         found.append(likeness.straighten(models, images, alpha, **{**how, 'seed': seed}))
-    seen = likeness.Seen(*map(torch.cat, zip(*(part.seen for part in found))))
-    if any(part.avatars is None for part in found):
-        return likeness.Straight(seen, None)
-    return likeness.Straight(seen, rh.Avatars(*map(torch.cat, zip(*(p.avatars for p in found)))))
+    return likeness.Seen(*map(torch.cat, zip(*found)))
 
 
 class Edits(NamedTuple):
@@ -507,23 +507,23 @@ def sample(models, given, count, args, photographs=(), vectors=None):
             images = given.images.to(device)
         if given and args.refine:
             parts = parts_of(len(images), config)
-            found_by = {**how, 'progress': bars('finding the person')}
-            seen, avatars = straighten(models, given._replace(images=images), parts, found_by)
+            found_by = {**how, 'progress': bars('finding the person', ['base'])}
+            seen = straighten(models, given._replace(images=images), parts, found_by)
             images = seen.images
-            if avatars and count == 1:  # which are those that are asked for
-                found = [avatars]
 
         total = count
         if given and not args.interpolate:
             images_of_all = images.repeat_interleave(count, dim=0)
             total = len(images_of_all)
-        parts = [] if found else parts_of(total, config)
-        for part in parts:
+        for part in parts_of(total, config):
             size = part.stop - part.start
             following = {**how, 'seed': args.seed + part.start}
             if args.interpolate:
                 found.append(interpolate(models, images, share[part], **how))
             elif given:
+                if seen:
+                    towards = likeness.Seen(*(x[part] for x in repeated(seen, count)))
+                    following['correct'] = likeness.towards(towards, models['decoder'], args.seed)
                 found.append(rh.generate(models, images_of_all[part], **following))
             elif vectors is not None:
                 some = rh.nobody(models['base'].config, size, vectors[part])

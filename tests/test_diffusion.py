@@ -283,3 +283,27 @@ def test_discretised_likelihood_sums_to_one():
     log_std = torch.tensor(-1.5, dtype=torch.float64)
     mass = rh.discretised_log_likelihood(x, mean, log_std).exp().sum()
     assert mass.item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_correction_takes_the_place_of_x_start():
+    """What is sampled is what `correct` returned last, and later steps start from it."""
+    diffusion = rh.Diffusion('linear', 10, predict='x_start')
+    seen = []
+
+    def model(x, t, condition):
+        return torch.zeros_like(x)
+
+    def correct(x_start):
+        seen.append(x_start)
+        return x_start + 0.25
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.randn(1, 3, 4, 8, 8, generator=generator)
+
+    watched = []
+    out = diffusion.sample(model, draw, steps=3, eta=0.0, correct=correct, watch=watched.append)
+    assert len(seen) == 3
+    assert all((x == 0).all() for x in seen)
+    assert all((x == 0.25).all() for x in [out, *watched])

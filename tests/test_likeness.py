@@ -182,7 +182,7 @@ def test_a_clean_portrait_is_left_as_it_is(portrait, monkeypatch, settings):
     other = portrait * 0.5 + 0.5 * torch.rand(3, 64, 64)  # no flat ground
     monkeypatch.setattr(likeness, 'person_near', lambda *_: None)  # as without OpenCV
     monkeypatch.setattr(likeness, 'register', lambda *_, **__: None)  # untrained models: no avatar
-    seen, _ = likeness.straighten(models, torch.stack([portrait, other]))
+    seen = likeness.straighten(models, torch.stack([portrait, other]))
     assert (seen.images[0] - portrait).abs().max() < 1e-5
     assert (seen.known[0] == 1).all()
     assert seen.images.shape == (2, 3, 64, 64)
@@ -307,11 +307,37 @@ def test_avatars_are_fitted_as_long_as_the_model_says(tiny, portrait, monkeypatc
         steps.append(count)
         return planes + 1
 
-    found = likeness.Straight(seen, None)
-    monkeypatch.setattr(likeness, 'straighten', lambda *_, **__: found)
+    monkeypatch.setattr(likeness, 'straighten', lambda *_, **__: seen)
     monkeypatch.setattr(rh, 'generate', lambda *_, **__: rh.Avatars(sampled, sampled))
     monkeypatch.setattr(likeness, 'fit_to_portrait', fit)
     assert torch.equal(likeness.avatars_of(models, portrait[None]), sampled + 1)
     assert torch.equal(likeness.avatars_of(models, portrait[None], 3), sampled + 1)
     assert torch.equal(likeness.avatars_of(models, portrait[None], 0), sampled)
     assert steps == [tiny.likeness_steps, 3] == [40, 3]
+
+
+def test_sampling_goes_towards_what_the_portrait_shows(tiny):
+    """`towards` lowers the error of the front view each time; what is not known moves nothing."""
+    torch.manual_seed(0)
+    decoder = rh.Decoder(tiny).requires_grad_(False)
+    decoder.config = tiny
+    planes = 0.3 * torch.randn(1, 3, tiny.channels, 8, 8)
+    image = torch.zeros(1, 3, 64, 64) + torch.tensor([0.9, -0.9, -0.9]).view(1, 3, 1, 1)
+    seen = likeness.Seen(image, torch.ones(1, 1, 64, 64), torch.ones(1, 1, 64, 64))
+
+    def error(planes):
+        front = likeness.front_view(planes[0], decoder, 64)
+        return (front.view - (image[0] + 1) / 2).square().mean().item()
+
+    correct = likeness.towards(seen, decoder)
+    moved = planes
+    errors = [error(moved)]
+    for _ in range(5):
+        moved = correct(moved)
+        assert moved.shape == planes.shape
+        errors.append(error(moved))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.95 * errors[0]
+
+    unknown = seen._replace(known=torch.zeros(1, 1, 64, 64))
+    assert torch.equal(likeness.towards(unknown, decoder)(planes), planes)
