@@ -83,7 +83,7 @@ class Frozen(rh.PlaneField):
         self.D = decoder.density_channels
         table = self.planes[:, :-self.D].permute(0, 2, 3, 1)  # of colour
         self.table = table.reshape(-1, planes.shape[1] - self.D).contiguous()
-        self.density_planes = self.density_planes.contiguous()
+        self.density_planes = self.density_planes.contiguous()  # there will be many look-ups
         corners = torch.tensor([0, 1, self.R, self.R + 1], dtype=torch.int32)
         self.corners = corners.to(planes.device)
         self.axes = torch.tensor(rh.AXES, device=planes.device).view(-1)

@@ -33,10 +33,16 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 import avatars  # noqa: E402
+import frozen  # noqa: E402
 import rodinhd as rh  # noqa: E402
 import running  # noqa: E402
 import scenes  # noqa: E402
-from references import dense_render, grid_sample_planes, naive_aware_conv  # noqa: E402
+from references import (  # noqa: E402
+    dense_render,
+    grid_sample_planes,
+    naive_aware_conv,
+    ngp_render,
+)
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -80,8 +86,9 @@ class Peak:
 
 class Bench:
     """Measures parts against references, and collects the rows of the table."""
-    def __init__(self, device, seconds):
+    def __init__(self, device, seconds, clock=time.perf_counter):
         self.device = device
+        self.clock = clock
         self.seconds = seconds
         self.rows = []
         a = torch.randn(2048, 2048, device=device)
@@ -107,10 +114,10 @@ class Bench:
         turns = 0
         while time.monotonic() < end or turns < 3:
             for name, part in parts.items():
-                began = time.perf_counter()
+                began = self.clock()
                 part()
                 synchronize(self.device)
-                times[name].append(time.perf_counter() - began)
+                times[name].append(self.clock() - began)
             turns += 1
         return {name: statistics.median(seconds) for name, seconds in times.items()}
 
@@ -305,15 +312,25 @@ def bench_rendering(bench, avatar, size=256):
 
     truth = dense().view(size, size, 3).clamp(0, 1)
     difference = (ours() - truth).abs().max().item()
-    bench.row(
-        f'a view of {size} x {size}',
-        'views',
-        1,
-        ours,
-        dense,
-        'dense lattice',
-        note=f'largest difference {difference:.0e}',
-    )
+    name = f'a view of {size} x {size}'
+    note = f'largest difference {difference:.0e}'
+    bench.row(name, 'views', 1, ours, dense, 'dense lattice', note=note)
+
+    finished = frozen.freeze(avatar.planes, avatar.decoder)
+
+    def fast():
+        return frozen.render_view(finished, c2w, intrinsics, size, size).rgb
+
+    note = f'largest difference {(fast() - truth).abs().max():.0e}'
+    bench.row(f'{name}, of a finished avatar', 'views', 1, fast, ours, '`render_view`', note=note)
+
+    def at_once():
+        return rh.grid_for(field, config, device)
+
+    def by_updates():
+        return rh.grid_by_updates(field, config, device)
+
+    bench.row('occupancy grid of a field', 'grids', 1, at_once, by_updates, '24 updates')
 
 
 def rays_across(views, count, device):
@@ -351,19 +368,22 @@ def bench_rays(bench, avatar, R, channels=32, lattice=64):
     def dense():
         return dense_render(planes, wide, rays_o, rays_d, lattice)
 
+    def ngp():
+        return ngp_render(planes, decoder=wide, rays_o=rays_o, rays_d=rays_d, samples=lattice)
+
     name = f'1,024 rays x {lattice}, C={channels} R={R}'
-    against = 'dense, `grid_sample`'
-    with torch.no_grad():
-        note = f'PSNR of the two {rh.psnr(ours(), dense()):.0f} dB'
-        bench.row(name, 'rays', 1024, ours, dense, against, note=note)
-    bench.row(
-        f'{name}, with gradient',
-        'rays',
-        1024,
-        with_gradient(lambda: ours().square().mean(), [table]),
-        with_gradient(lambda: dense().square().mean(), [planes]),
-        against,
-    )
+    for reference, against in ((dense, 'dense, `grid_sample`'), (ngp, "torch-ngp's pure path")):
+        with torch.no_grad():
+            note = f'PSNR of the two {rh.psnr(ours(), reference()):.0f} dB'
+            bench.row(name, 'rays', 1024, ours, reference, against, note=note)
+        bench.row(
+            f'{name}, with gradient',
+            'rays',
+            1024,
+            with_gradient(lambda: ours().square().mean(), [table]),
+            with_gradient(lambda reference=reference: reference().square().mean(), [planes]),
+            against,
+        )
 
 
 def bench_fitting(bench, avatar):
@@ -517,6 +537,9 @@ def bench_training(bench, config, stage, batches):
     row('compiled', batches[0], 'fp32, compiled', note)
 
 
+PARTS = ('lookup', 'view', 'rays', 'fitting', 'networks')
+
+
 # The command --------------------------------------------------------------------------------------
 def fitted(args, config, decoder, device):
     """An avatar after --fit seconds of fitting -> Fitted."""
@@ -554,30 +577,39 @@ def hardware(device):
 def main(args):
     _, _, device = running.start(args.device, 0)
     config = rh.make_config(args.preset, args.set)
-    bench = Bench(device, args.seconds)
+    clock = time.process_time if args.cpu_seconds else time.perf_counter
+    bench = Bench(device, args.seconds, clock)
     gflops = bench.flops / 1e9
     gbs = bench.bytes / 1e9
     print(f'matrix product {gflops:,.0f} GFLOP/s, copy {gbs:,.0f} GB/s\n\n{HEADER}')
 
     models = load_models(args, config, device)
     decoder = models.pop('decoder')
-    for C, R in ((16, 128), (32, 512)):
-        bench_lookup(bench, C, R)
-    avatar = fitted(args, config, decoder, device)
-    bench_rendering(bench, avatar)
-    for R in (64, 256, 512):
-        bench_rays(bench, avatar, R)
-    bench_fitting(bench, avatar)
-    for H in (128, 32):
-        bench_convolution(bench, H)
-    shipped = args.preset == 'small' and not args.set
-    bench_sampling(bench, models, decoder if shipped else None)
-    for stage in ('base', 'upsample'):
-        bench_training(bench, config, stage, args.batch)
+    parts = args.only or PARTS
+    if {'view', 'rays', 'fitting'} & set(parts):
+        avatar = fitted(args, config, decoder, device)
+    if 'lookup' in parts:
+        for C, R in ((16, 128), (32, 512)):
+            bench_lookup(bench, C, R)
+    if 'view' in parts:
+        bench_rendering(bench, avatar)
+    if 'rays' in parts:
+        for R in (64, 256, 512):
+            bench_rays(bench, avatar, R)
+    if 'fitting' in parts:
+        bench_fitting(bench, avatar)
+    if 'networks' in parts:
+        for H in (128, 32):
+            bench_convolution(bench, H)
+        shipped = args.preset == 'small' and not args.set
+        bench_sampling(bench, models, decoder if shipped else None)
+        for stage in ('base', 'upsample'):
+            bench_training(bench, config, stage, args.batch)
 
     running.write_json(args.out, {
         'device': hardware(device),
         'threads': torch.get_num_threads(),
+        'clock': 'CPU' if args.cpu_seconds else 'wall',
         'torch': torch.__version__,
         'preset': args.preset,
         'matmul_gflops': gflops,
@@ -598,6 +630,9 @@ def parse(argv=None):
     add('--seconds', type=float, default=2, help='time for each side of a comparison')
     batch = 'batch sizes of the training steps'
     add('--batch', type=int, nargs='+', default=[1], help=batch)
+    add('--only', nargs='+', choices=PARTS, help='these parts (default: all)')
+    busy = 'measure CPU-seconds in place of time, on a machine that does other things'
+    add('--cpu-seconds', action='store_true', help=busy)
     add('--out', type=Path, default=Path('results/bench.json'))
     add('--device', help='cuda where there is one, else cpu')
     changes = 'override settings of the preset'

@@ -64,3 +64,30 @@ def dense_render(planes, decoder, rays_o, rays_d, samples):
     weights = torch.exp(tau - tau.cumsum(1)) * -torch.expm1(-tau)
     pixels = (weights[..., None] * rgb.view(*t.shape, 3)).sum(1)
     return pixels + 1 - weights.sum(1, keepdim=True)
+
+
+def ngp_render(planes, decoder, rays_o, rays_d, samples):
+    """The same as torch-ngp goes about it where its CUDA extensions are not used: the density of
+    every sample, and the colours of those whose weight is above 1e-4.
+
+    It is written anew, after what that path does; none of its code is here.
+    """
+    near, far = rh.intersect_box(rays_o, rays_d)
+    near = near.clamp(max=far)[:, None]
+    far = far[:, None]
+    t = near + (far - near) * (torch.arange(samples, device=near.device) / samples)  # (N, S)
+    points = (rays_o[:, None] + t[..., None] * rays_d[:, None]).clamp(-1, 1).view(-1, 3)
+
+    density_planes = planes[:, -decoder.density_channels:]
+    sigma, _ = decoder(grid_sample_planes(density_planes, points))
+    tau = sigma.view_as(t) * (far - near) / samples
+    alpha = -torch.expm1(-tau)
+    passed = torch.cat([torch.ones_like(alpha[:, :1]), 1 - alpha + 1e-15], dim=1)
+    weights = alpha * passed.cumprod(1)[:, :-1]
+
+    seen = weights.view(-1) > 1e-4
+    dirs = rays_d[:, None].expand(-1, samples, 3).reshape(-1, 3)
+    rgb = planes.new_zeros(len(points), 3)
+    rgb[seen] = decoder(grid_sample_planes(planes, points[seen]), dirs[seen])[1]
+    pixels = (weights[..., None] * rgb.view(*t.shape, 3)).sum(1)
+    return pixels + 1 - weights.sum(1, keepdim=True)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import rodinhd as rh
+from references import dense_render, ngp_render
 
 
 def random_rays(n):
@@ -370,3 +371,13 @@ def test_softplus_is_that_of_pytorch():
     x.requires_grad_()
     gradient, = torch.autograd.grad(rh.softplus(x).sum(), x)
     assert torch.allclose(gradient, torch.sigmoid(x), atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_reference_of_the_benchmark_is_the_same_picture(tiny):
+    """What bench.py compares with: all but what weighs less than 1e-4 has its colour."""
+    decoder = rh.Decoder(tiny)
+    planes = torch.randn(3, tiny.channels, 32, 32)
+    rays = random_rays(100)
+    dense = dense_render(planes, decoder, *rays, 40)
+    assert (ngp_render(planes, decoder, *rays, 40) - dense).abs().max() < 2e-3
