@@ -9,11 +9,14 @@
     python evaluate.py --inception download --clip clip.pt    FID, of Inception and CLIP features
     python evaluate.py --judge csim=face.pt expression=e.pt   identity, expression, pose, shape
     python evaluate.py --consistency 6                    do views of six generated avatars agree?
+    python evaluate.py --rows latent --guidance 1 1.2 1.5 3 6     of CLIP's vector alone (Rodin)
     python evaluate.py --unconditional 64                 how distinct are avatars of nobody?
+    python evaluate.py --unconditional 64 --null          the same without the prior of vectors
     torchrun --standalone --nproc_per_node=2 evaluate.py  any of these
 
 Rows are `fitted` (planes in --fits), `generated` (from the portrait, as sample.py does), `sampled`
-(the model alone, from the portrait as it is), and two baselines that any generator must beat:
+(the model alone, from the portrait as it is), `latent` (the model alone, from the vector that CLIP
+makes of it, where there is one; see rodin.py), and two baselines that any generator must beat:
 `nearest`, the training avatar with the nearest portrait, and `mean`, the mean of the training
 planes. A new row is a function and a line of ROWS; a new metric is a line of metrics.of_pairs.
 
@@ -45,6 +48,7 @@ import batches
 import frozen
 import likeness
 import metrics
+import rodin
 import rodinhd as rh
 import running
 import scenes
@@ -424,6 +428,27 @@ def from_model_alone(subject, sources):
     return {'sampled': Avatar(planes, models['decoder'])}
 
 
+def from_latent(subject, sources):
+    """Samples from the vector that CLIP makes of the portrait alone, as Rodin does, a row for each
+    pair of settings."""
+    args, models = sources.args, sources.models
+    if not running.has_latents(models, 'clip'):
+        return {}
+    if 'clip' not in models:
+        running.load_latents(models)
+    image = subject.portraits['generated'].image[None].to(sources.device)
+    seen = rh.nobody(models['base'].config, 1, models['clip'].encode_images(image))
+    settings = settings_of(sources)
+    rows = {}
+    for guidance, steps in settings:
+        title = 'latent'
+        if len(settings) > 1:
+            title = f'latent, s={guidance:g}, {steps} steps'
+        how = dict(guidance=guidance, steps=steps, seed=seed_of(subject.folder, args))
+        rows[title] = Avatar(rh.generate(models, seen, **how).planes[0], models['decoder'])
+    return rows
+
+
 def nearest_known(subject, sources):
     """Reads the training avatar whose portrait is nearest, another one than this."""
     baselines = sources.baselines
@@ -447,6 +472,7 @@ ROWS = {
     'generated': functools.partial(from_portrait, 'generated'),
     'disturbed': functools.partial(from_portrait, 'disturbed'),
     'sampled': from_model_alone,
+    'latent': from_latent,
     'nearest': nearest_known,
     'mean': mean_known,
 }
@@ -833,6 +859,17 @@ def sheet_of_neighbours(images, neighbours, baselines, decoder, front):
     return sheet
 
 
+def nobody(models, seed, args):
+    """The planes (3, C, R, R) of an avatar of nobody: of a vector that the prior draws, where one
+    was trained, else, and with --null, of the null condition."""
+    if args.null or not running.has_latents(models, 'prior'):
+        return rh.generate(models, 1, seed=seed).planes[0]
+    if 'prior' not in models:
+        running.load_latents(models, 'prior')
+    z = rodin.draw_latents(models['prior'], 1, seed=seed)
+    return rh.generate(models, rh.nobody(models['base'].config, 1, z), seed=seed).planes[0]
+
+
 def unconditional(args, rank, world, device):
     """Asks how far avatars of nobody are from one another and from the training set.
 
@@ -857,7 +894,7 @@ def unconditional(args, rank, world, device):
     pairs = []  # of each other view, [features_of ours, features_of the truth]
     mine = range(rank, args.unconditional, world)
     for i in running.Bar(mine, disable=rank > 0, desc='unconditional'):
-        planes = rh.generate(models, 1, seed=args.seed + i).planes[0]
+        planes = nobody(models, args.seed + i, args)
         avatar = Avatar(planes, models['decoder'])
         samples[i] = photograph(avatar, front, device).images[0]
         folder = folders[i % len(folders)]
@@ -891,10 +928,10 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    'evaluate': Mode(evaluate, useless=''),
+    'evaluate': Mode(evaluate, useless='null'),
     'consistency': Mode(
         consistency,
-        useless='train count no_truth guidance steps disturb inception clip judge rows',
+        useless='train count no_truth guidance steps disturb inception clip judge rows null',
     ),
     'unconditional': Mode(
         unconditional,
@@ -981,6 +1018,8 @@ def parse(argv=None):
     add('--consistency', type=int, metavar='N', help=agree)
     distinct = 'instead: how distinct are N avatars of nobody?'
     add('--unconditional', type=int, metavar='N', help=distinct)
+    alone = 'with --unconditional: of the null condition, though there is a prior of vectors'
+    add('--null', action='store_true', help=alone)
     add('--seed', type=int, default=0)
     add('--device', help='cuda where there is one, else cpu')
     return p.parse_args(argv)

@@ -221,7 +221,7 @@ PRESETS = {
         resolution=256, base_resolution=64, decoder_layers=4,
         fit_avatars=1000, inner=15000, outer=1, weight_iwc=0.0, weight_tv=0.0, weight_l2=0.0,
         weight_sparse=1e-5, weight_smooth=1e-5, weight_distortion=1e-3, rescale=1.0,
-        tokens='none', condition_drop=1.0,
+        tokens='none', condition_drop=1.0, latent_width=512, latent_drop=0.2,
         base_mult=(1, 2, 3, 4), base_attention=(32, 16, 8), base_aware=(64,),
         base_schedule='linear', base_batch=48, base_lr=5e-5,
         up_once=1, up_schedule='linear', up_batch=16, up_lr=5e-5,
@@ -1803,8 +1803,10 @@ def portrait_encoder(config):
 
     Another one needs two methods: encode(images) -> latent, anything, [y1, y2, y3], and
     features(images) -> [y1, y2, y3], for images (B, 3, H, W) in [-1, 1]; and feature_shapes has to
-    tell what it returns. What chooses it belongs into ENCODER_SETTINGS. If it is not trained here,
-    `train.py --stage vae --set vae_steps=0` writes it as it is, or with the weights of --vae.
+    tell what it returns. Where the base network takes a vector of portraits, too, `vector` is a
+    function(images) -> (B, latent_width). What chooses it belongs into ENCODER_SETTINGS. If it is
+    not trained here, `train.py --stage vae --set vae_steps=0` writes it as it is, or with the
+    weights of --vae.
     """
     return VAE(config)
 
@@ -1835,7 +1837,9 @@ def encode_portrait(vae, images, config):
     network's that will see it.
     """
     mean, _, maps = vae.encode(images)
-    return Portrait(mean * config.vae_scale, maps)
+    vector_of = getattr(vae, 'vector', None)
+    vector = vector_of(images) if vector_of else None
+    return Portrait(mean * config.vae_scale, maps, vector=vector)
 
 
 def nobody(config, count=1, vector=None):

@@ -646,6 +646,11 @@ def load_models(runs='runs', fits='fits', device='cpu'):
                 rh.stop(f'the models in {runs} and {fits} are of different presets: {name} is '
                         f'{getattr(other, name)} in {kind}.pt, {getattr(upsample, name)} in '
                         'upsample.pt; train all stages with the same one')
+    base = models['base']
+    if base.config.latent_width and base.config.condition_drop == 1:  # it sees vectors alone
+        latents = dict(models)
+        load_latents(latents)
+        models['vae'].vector = latents['clip'].encode_images
     return models
 
 

@@ -365,7 +365,8 @@ def interpolate(models, images, share, **how):
     def between(x):
         return torch.cat([x[:1].lerp(x[1:], s) for s in share.tolist()])
 
-    mixed = rh.Portrait(between(seen.latent), [between(x) for x in seen.maps])
+    vector = None if seen.vector is None else between(seen.vector)
+    mixed = rh.Portrait(between(seen.latent), [between(x) for x in seen.maps], vector=vector)
     angle = share * math.pi / 2
     mix = torch.stack([torch.cos(angle), torch.sin(angle)], dim=1)
     return rh.generate(models, mixed, mix=mix, **how)

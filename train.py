@@ -201,6 +201,7 @@ def prepare_diffusion(args, config, device):
     if base and config.latent_width:
         clip = latents.clip_of(args, config, device)
         items.made_with['clip'] = clip.fingerprint
+        vae.vector = clip.encode_images
     for path, model, names in (
         (args.runs / 'vae.pt', vae, rh.ENCODER_SETTINGS),
         (args.fits / 'decoder.pt', decoder, ('channels',)),
@@ -246,8 +247,6 @@ def prepare_diffusion(args, config, device):
 
     def loss(network, batch):
         portrait = rh.encode_portrait(vae, batch['portrait'], config)
-        if clip is not None:
-            portrait = portrait._replace(vector=clip.encode_images(batch['portrait']))
         portrait = rh.drop(portrait, batch['keep'], batch.get('keep_vector'))
         portrait = portrait._replace(lr=batch.get('lr'))
         terms, predicted = diffusion.loss(

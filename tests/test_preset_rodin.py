@@ -42,6 +42,8 @@ def test_rodin_has_the_papers_numbers():
     assert (config.base_lr, config.up_lr, config.ema) == (5e-5, 5e-5, 0.9999)
     assert (config.decoder_layers, config.fit_avatars, config.outer) == (4, 1000, 1)
     assert (config.rescale, config.patch, config.condition_drop) == (1.0, 112, 1.0)
+    assert (config.latent_width, config.latent_drop, config.prior_timesteps) == (512, 0.2, 1000)
+    assert (config.prior_layers, config.prior_width, config.prior_lr) == (20, 2048, 4e-5)
     assert config.base_attention == (32, 16, 8)
     assert config.base_aware == (64,)
     assert rh.departures(config) == []
@@ -56,7 +58,7 @@ def test_rodin_has_the_stated_parameters():
     assert parameters(decoder) == 72_321 - 128 * 128
     base = on_meta(rh.BaseUNet, config)
     upsample = on_meta(rh.UpsampleUNet, config)
-    assert parameters(base) == 313_998_656
+    assert parameters(base) == 313_998_656 + 512 * 768  # and what takes the vector
     assert parameters(upsample) == 296_516_768
 
     x = torch.empty(1, 3, 32, 64, 64, device='meta')

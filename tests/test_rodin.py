@@ -1,4 +1,5 @@
 """Rodin's latents: facts and sentences, CLIP, and the base network that is given its vectors."""
+import dataclasses
 import json
 import random
 import shutil
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import captions
+import evaluate
 import fit
 import provenance
 import rodin
@@ -379,6 +381,37 @@ def test_models_without_words_say_so(trained, tmp_path):
     assert not running.has_latents(models, 'text')
     with pytest.raises(rh.Stop, match='takes no vectors'):
         running.load_latents(models, 'text')
+
+
+def test_a_base_network_that_sees_vectors_alone_is_given_them(trained, tmp_path):
+    """As `rodin` has it: with condition_drop=1 a portrait is its vector."""
+    shutil.copytree(trained / 'runs', tmp_path / 'runs')
+    old = running.load_model('base', tmp_path / 'runs', 'cpu')
+    config = dataclasses.replace(old.config, condition_drop=1.0)
+    weights = old.state_dict()
+    weights['vector.weight'] = torch.randn_like(weights['vector.weight'])
+    running.write_model(tmp_path / 'runs' / 'base.pt', 'base', config, weights, 0)
+    models = running.load_models(tmp_path / 'runs', trained / 'fits')
+    clip = running.load_clip(tmp_path / 'runs', 'cpu')
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    made = rh.generate(models, images)
+    expected = rh.generate(models, rh.nobody(config, 2, clip.encode_images(images)))
+    assert torch.equal(made.low, expected.low)
+    assert not torch.allclose(made.low[0], made.low[1], atol=0.01)
+
+
+def test_evaluation_of_vectors(trained, data, tmp_path):
+    places = ['--data', data, '--fits', trained / 'fits', '--runs', trained / 'runs']
+    places += ['--out', tmp_path, '--device', 'cpu', '--views', 1]
+    run(evaluate, *places, '--rows', 'latent', '--guidance', 1, 3, '--count', 1)
+    measured = json.loads((tmp_path / 'evaluate.json').read_text())
+    assert list(measured['mean']) == ['latent, s=1, 2 steps', 'latent, s=3, 2 steps']
+    run(evaluate, *places, '--unconditional', 2, '--name', 'prior')
+    run(evaluate, *places, '--unconditional', 2, '--null', '--name', 'null')
+    prior, null = (json.loads((tmp_path / f'{x}.json').read_text()) for x in ('prior', 'null'))
+    assert prior['training_to_training'] == null['training_to_training']
+    with pytest.raises(rh.Stop, match='--evaluate has no use for --null'):
+        run(evaluate, *places, '--null')
 
 
 # Published CLIP -----------------------------------------------------------------------------------
