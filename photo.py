@@ -1,257 +1,49 @@
 """Photographs: an ordinary one becomes a portrait framed as the training portraits are.
 
-    find_faces -> crop_of -> square_of -> cut_out        `align` does it all
+    find_faces -> crop_of -> square_of -> cut_out        `align` does it all; `read` where needed
 
-The face is found and levelled, the crop shows head and shoulders, and the background goes.
+The face is found (faces.py) and levelled, the crop shows head and shoulders, and the background
+goes.
 
-The chapters: 1 faces, 2 the square, 3 the person in the square, 4 what was done, 5 all of it.
+The chapters: 1 the square, 2 the person in the square, 3 what was done, 4 all of it, 5 is it a
+portrait already?
 Places in the square are in pixels of one of SIDE x SIDE. What the square should show is measured
 on the frontal portraits of the 176 training avatars, which are of 32 identities (mean +- standard
-deviation): the box that find_faces gives is centred at (128.3 +- 0.4, 89.4 +- 1.3) and 82.8 +- 5.1
-wide; the eyes are at (111.5, 80.5) and (143.9, 80.6) +- 1, the chin is near 129, the top of the
-hair at 21.7 +- 4.4; the shoulders go from column 33 +- 2 to 222 +- 2, and the bust ends at row
+deviation): the eyes are at (111.5, 80.5) and (143.9, 80.6) +- 1, the chin is near 129, the top of
+the hair at 21.7 +- 4.4; the shoulders go from column 33 +- 2 to 222 +- 2, and the bust ends at row
 226 +- 2.
 """
+import importlib.util
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
+import faces
+import likeness
 import rodinhd as rh
 import running
 import scenes
+from faces import CENTRE, SIDE, WIDTH, on_white, resized
 
-SIDE = 256  # of the square
-CENTRE = (128, 89)  # of the face's box in it
-WIDTH = 78  # of that box. Photographed eyes are 0.40 to 0.44 boxes apart, the portraits' 0.39
+NOT_A_PORTRAIT = 24  # pixels of the square by which a face is off where it should be
+MIS_SCALED = 1.3  # how many times too wide or too narrow it is
+MIS_TURNED = 14  # degrees
+HEAD_CUT = 0.25  # the share of a head that may be beyond the edge of the photograph
 
 
 def import_opencv():
-    """Returns the module cv2; ends in one line where it is not installed or has no cascades."""
-    try:
-        import cv2
-    except ImportError:
-        rh.stop('photographs need the cv2 package: pip install "opencv-python-headless<5"')
-    has_cascades = hasattr(getattr(cv2, 'data', None), 'haarcascades')
-    if not hasattr(cv2, 'CascadeClassifier') or not has_cascades:
-        rh.stop(
-            f'cv2 {cv2.__version__} comes without the face cascades: '
-            'pip install "opencv-python-headless<5"'
-        )
+    """Returns the module cv2; ends in one line where it is not installed."""
+    cv2 = faces.opencv()
+    if cv2 is None:
+        rh.stop(f'photographs need the cv2 package: {faces.INSTALL}')
     return cv2
 
 
-def on_white(image):
-    """Composites an RGBA image on white -> RGB."""
-    white = Image.new('RGBA', image.size, 'white')
-    return Image.alpha_composite(white, image).convert('RGB')
-
-
-def resized(image, scale):
-    """A PIL image `scale` times as large, of at least one pixel a side."""
-    size = [max(1, round(n * scale)) for n in image.size]
-    return image.resize(size, Image.LANCZOS)
-
-
-# 1 Faces ------------------------------------------------------------------------------------------
-# OpenCV's cascades each give many overlapping boxes around a face, and few around what is none.
-# So boxes are grouped, and a group is a face by the number of its boxes: of its votes.
-FRONTAL = ('frontalface_default', 'frontalface_alt', 'frontalface_alt2')
-PROFILE = ('profileface',)
-VOTES = 58  # overlapping boxes of three cascades, twice looked for, that make a face
-LEANS = (0, 28, -28)  # degrees; the cascades miss what leans by more than 20
-ANGLES = np.arange(-32, 33, 8)  # in which a face is looked at again, degrees
-
-
-class Face(NamedTuple):
-    """A face in an image, in pixels."""
-
-    x: float  # the middle of its box
-    y: float
-    width: float  # of its box, which is square
-    roll: float  # degrees counterclockwise that level it
-
-    @property
-    def centre(self):
-        return np.array([self.x, self.y])
-
-
-class Group(NamedTuple):
-    """Overlapping boxes."""
-
-    box: np.ndarray  # their mean: x, y, width, height
-    votes: int
-
-
-def load_cascades(cv2, names):
-    """OpenCV's cascades of these names."""
-    folder = cv2.data.haarcascades
-    return [cv2.CascadeClassifier(f'{folder}haarcascade_{name}.xml') for name in names]
-
-
-def overlaps(box, other):
-    """Whether more than 0.35 of what two boxes cover together is common to them."""
-    start = np.maximum(box[:2], other[:2])
-    end = np.minimum(box[:2] + box[2:], other[:2] + other[2:])
-    common = np.clip(end - start, 0, None).prod()
-    return common > 0.35 * (box[2:].prod() + other[2:].prod() - common)
-
-
-def groups(boxes, votes):
-    """Groups boxes (N, 4), as x, y, width, height, of so many votes each: every box joins the
-    first group whose strongest box it overlaps. Returns [Group], most votes first."""
-
-    def strongest_first(items):
-        return sorted(items, key=lambda item: -item[1])
-
-    found = []  # lists of (box, votes)
-    for box, vote in strongest_first(zip(boxes, votes)):
-        for group in found:
-            if overlaps(group[0][0], box):
-                group.append((box, vote))
-                break
-        else:
-            found.append([(box, vote)])
-
-    merged = []
-    for group in found:
-        boxes, votes = zip(*group)
-        mean = np.average(boxes, axis=0, weights=votes)
-        merged.append(Group(mean, sum(votes)))
-    return strongest_first(merged)
-
-
-def detect(cascades, gray, smallest, neighbours, step=1.08):
-    """Returns `groups` of what the cascades find together in a gray image."""
-    boxes, votes = [], []
-    for cascade in cascades:
-        these, counts = cascade.detectMultiScale2(
-            gray, step, neighbours, minSize=(smallest, smallest)
-        )
-        boxes += [np.asarray(box, float) for box in these]
-        votes += [int(count) for count in np.ravel(counts)]
-    return groups(boxes, votes)
-
-
-def look_again(cv2, frontal, gray, box):
-    """Looks at a box again in each of ANGLES -> Face, votes at the best angle.
-
-    Detections thin out as a face leans, so their mean angle, weighted by the squares of the
-    votes, is its roll.
-    """
-    size = 200  # of the picture that is looked at, where the box is 90 wide
-    scale = 90 / box[2]
-    centre = box[:2] + box[2:] / 2
-
-    rows = []  # votes, x, y, width, angle
-    for angle in ANGLES:
-        there = cv2.getRotationMatrix2D(tuple(centre), float(angle), scale)
-        there[:, 2] += size / 2 - centre
-        small = cv2.warpAffine(
-            gray,
-            there,
-            (size, size),
-            flags=cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-        found = detect(frontal, small, 54, 1, 1.05)
-        if not found:
-            continue
-
-        (left, top, width, height), votes = found[0]
-        middle = np.array([left + width / 2, top + height / 2])
-        if np.abs(middle - size / 2).max() < 25:
-            x, y = cv2.invertAffineTransform(there) @ [*middle, 1]
-            rows.append((votes, x, y, width / scale, angle))
-
-    if not rows:
-        rows = [(0, *centre, box[2], 0)]
-    rows = np.array(rows, dtype=float)
-    weights = rows[:, 0] ** 2 + 1e-9
-    face = np.average(rows[:, 1:], axis=0, weights=weights)
-    return Face(*face), rows[:, 0].max()
-
-
-def same(face, other):
-    """Whether a face lies on another one."""
-    apart = np.abs(face.centre - other.centre).max()
-    return apart < 0.5 * max(face.width, other.width)
-
-
-def on_chest(face, other):
-    """Whether a face lies below another one, where the cascades take collars for faces."""
-    right, down = (face.centre - other.centre) / other.width
-    return abs(right) < 0.8 and 0 < down < 2.2
-
-
-def faces_that_lean(cv2, frontal, gray, lean, most):
-    """Returns [(Face, votes)] of at most `most` faces in a gray image that lean by about `lean`
-    degrees, the first found first."""
-    height, width = gray.shape
-    there = cv2.getRotationMatrix2D((width / 2, height / 2), lean, 1)
-    leaning = gray
-    if lean:
-        leaning = cv2.warpAffine(
-            gray, there, (width, height), borderMode=cv2.BORDER_REPLICATE
-        )
-    needed = 1.5 * VOTES if lean else VOTES
-
-    faces = []
-    for box, first in detect(frontal, leaning, 24, 3)[:most]:
-        size = box[2:]
-        if size[0] < 45 and first < 15:  # small and faint: a pattern as a rule
-            continue
-        middle = cv2.invertAffineTransform(there) @ [*(box[:2] + size / 2), 1]
-        upright = np.array([*(middle - size / 2), *size])
-        face, votes = look_again(cv2, frontal, gray, upright)
-
-        found_before = any(same(face, other) for other, _ in faces)
-        collar = any(votes < 0.7 * v and on_chest(face, other) for other, v in faces)
-        if first + votes >= needed and not collar and not found_before:
-            faces.append((face, votes))
-    return faces
-
-
-def gray_of(image, scale):
-    """An RGBA image on white as a gray one (H, W) uint8, `scale` times as large, and brighter:
-    dark skin under dark hair has little contrast."""
-    gray = np.asarray(resized(on_white(image).convert('L'), scale))
-    return (255 * (gray / 255) ** 0.5).astype(np.uint8)
-
-
-def find_faces(image, most=8):
-    """Finds faces in an RGBA image -> [Face], left to right, and whether there is a face from the
-    side instead. Faces at most half as wide as the largest are left out."""
-    cv2 = import_opencv()
-    frontal = load_cascades(cv2, FRONTAL)
-    profile = load_cascades(cv2, PROFILE)
-    scale = min(720 / max(image.size), 2)
-    gray = gray_of(image, scale)
-
-    found = []
-    for lean in LEANS:
-        found = faces_that_lean(cv2, frontal, gray, lean, most)
-        if found:
-            break
-
-    if not found:
-        mirrored = gray[:, ::-1].copy()  # the cascade knows one side alone
-        sides = detect(profile, gray, 40, 6) + detect(profile, mirrored, 40, 6)
-        return [], any(group.votes > 6 for group in sides)
-
-    most_votes = max(votes for _, votes in found)
-    faces = [face for face, votes in found if votes > 0.3 * most_votes]
-    widest = max(face.width for face in faces)
-    faces = [face for face in faces if face.width > 0.5 * widest]
-    faces.sort(key=lambda face: face.x)
-    in_image = []
-    for x, y, width, roll in faces:
-        in_image.append(Face(x / scale, y / scale, width / scale, roll))
-    return in_image, False
-
-
-# 2 The square -------------------------------------------------------------------------------------
+# 1 The square -------------------------------------------------------------------------------------
 # A crop is x, y (its top left corner, which may be negative) and size, in pixels of the image.
 def crop_of(face):
     """Returns the crop around a Face that frames it as the training portraits, in whole pixels."""
@@ -287,9 +79,20 @@ def square_of(image, crop, roll):
     return square.resize((SIDE, SIDE), Image.LANCZOS)
 
 
-# 3 The person in the square -----------------------------------------------------------------------
-# Where head and shoulders are is known by how the square is framed. GrabCut (Rother et al. 2004)
+def known_of(image, crop, roll):
+    """Which pixels of the square (SIDE, SIDE) a photograph shows, 0..1: none beyond its edge."""
+    opaque = Image.new('RGBA', image.size, 'white')
+    return np.asarray(square_of(opaque, crop, roll).getchannel('A')) / 255
+
+
+# 2 The person in the square -----------------------------------------------------------------------
+# A small network for video calls (MediaPipe's selfie segmentation, of its package's versions below
+# 0.10.30) tells people from what is behind them; OpenCV runs it, within 20 ms. Without it: where
+# head and shoulders are is known by how the square is framed, and GrabCut (Rother et al. 2004)
 # finds their outline between a silhouette that everybody fills and one that nobody exceeds.
+SEGMENTER = 'modules/selfie_segmentation/selfie_segmentation.tflite'
+
+
 class Silhouettes(NamedTuple):
     """Masks (SIDE, SIDE) bool of where a person may be."""
 
@@ -342,10 +145,9 @@ def piece_of_face(cv2, person, inside):
     return (framed | hole)[1:-1, 1:-1] & inside
 
 
-def matte(rgb, inside):
+def matte_by_grabcut(cv2, rgb, inside):
     """Finds whose pixels are the person's: rgb (SIDE, SIDE, 3) uint8, inside (SIDE, SIDE) bool,
-    where there is a photograph -> (SIDE, SIDE) bool."""
-    cv2 = import_opencv()
+    where there is a photograph -> alpha (SIDE, SIDE) in 0..1."""
     sure, narrow, wide = silhouettes(cv2, inside)
 
     # Between narrow and wide a pixel begins as person in about the inner 60 %.
@@ -364,7 +166,63 @@ def matte(rgb, inside):
     # Threads go, then islands and holes.
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
     opened = cv2.morphologyEx(person.astype(np.uint8), cv2.MORPH_OPEN, disc)
-    return piece_of_face(cv2, opened | sure, inside)
+    person = piece_of_face(cv2, opened | sure, inside)
+    return cv2.GaussianBlur(person.astype(float), (5, 5), 0.7)
+
+
+def segmenter_file():
+    """The network's file in the package mediapipe, which is not imported, or None."""
+    spec = importlib.util.find_spec('mediapipe')
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / SEGMENTER
+        if path.is_file():
+            return path
+    return None
+
+
+def continued(rgb, inside):
+    """Gives pixels of rgb (SIDE, SIDE, 3) beyond the photograph's edge the colours of its nearest
+    ones."""
+    if not inside.any():
+        return rgb
+    rows, columns = ndimage.distance_transform_edt(
+        ~inside, return_distances=False, return_indices=True
+    )
+    return np.ascontiguousarray(rgb[rows, columns])
+
+
+def matte_by_network(cv2, rgb, inside):
+    """Does what matte_by_grabcut does with a network, or returns None where its package is not
+    installed, or where it sees nobody."""
+    path = segmenter_file()
+    if path is None or not hasattr(cv2.dnn, 'readNetFromTFLite'):
+        return None
+    network = cv2.dnn.readNetFromTFLite(str(path))
+    network.setInput(cv2.dnn.blobFromImage(continued(rgb, inside), 1 / 255, (SIDE, SIDE)))
+    likely = network.forward().reshape(SIDE, SIDE)
+
+    sure, _, wide = silhouettes(cv2, inside)
+    if sure.any() and (likely[sure] > 0.5).mean() < 0.7:
+        return None
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
+    seen = ((likely > 0.5) & wide).astype(np.uint8)
+    seen = cv2.morphologyEx(seen, cv2.MORPH_OPEN, disc)
+    person = piece_of_face(cv2, seen | sure, inside)
+    square = np.ones((5, 5), np.uint8)
+    near = cv2.dilate(person.astype(np.uint8), square).astype(bool) & inside
+    within = cv2.erode(person.astype(np.uint8), square).astype(bool)
+    alpha = np.where(near, np.clip((likely - 0.3) / 0.4, 0, 1), 0)
+    return np.where(within, 1, alpha)
+
+
+def matte(rgb, inside):
+    """Finds whose pixels are the person's: rgb (SIDE, SIDE, 3) uint8, inside (SIDE, SIDE) bool,
+    where there is a photograph -> alpha (SIDE, SIDE) in 0..1."""
+    cv2 = import_opencv()
+    alpha = matte_by_network(cv2, rgb, inside)
+    if alpha is None:
+        alpha = matte_by_grabcut(cv2, rgb, inside)
+    return alpha
 
 
 def clean_rim(cv2, rgb, alpha, person):
@@ -394,14 +252,13 @@ def cut_out(square, own):
     rgb = np.ascontiguousarray(rgba[..., :3])
     alpha = rgba[..., 3] / 255
     if not own:
-        person = matte(rgb, alpha > 0.5)
-        alpha = cv2.GaussianBlur(person.astype(float), (5, 5), 0.7)
-        rgb = clean_rim(cv2, rgb, alpha, person)
+        alpha = matte(rgb, alpha > 0.5)
+        rgb = clean_rim(cv2, rgb, alpha, alpha > 0.5)
     result = np.dstack([rgb, 255 * alpha * bust_alpha()])
     return Image.fromarray(result.round().clip(0, 255).astype(np.uint8))
 
 
-# 4 What was done ----------------------------------------------------------------------------------
+# 3 What was done ----------------------------------------------------------------------------------
 # A sheet of pictures by which one sees whether face, crop and mask are right.
 def outline(picture, corners, colour):
     """Draws a closed line through four corners (4, 2) on a picture."""
@@ -448,12 +305,20 @@ def save_sheet(path, image, crop, roll, face, square, result):
         sheet.save(temporary)
 
 
-# 5 All of it --------------------------------------------------------------------------------------
-def only_face(path, image, where):
-    """Returns the one Face in an image; ends in one line where there is none, or several.
-    where: what that line says of the square that may be given instead."""
-    faces, aside = find_faces(image)
-    if not faces:
+# 4 All of it --------------------------------------------------------------------------------------
+class Aligned(NamedTuple):
+    """A portrait, as scenes.read_portrait gives it, and what a photograph shows of it."""
+
+    rgb: torch.Tensor  # (3, P, P) in [-1, 1], not premultiplied
+    alpha: torch.Tensor  # (1, P, P) in 0..1
+    known: torch.Tensor  # (1, P, P) in 0..1; 0 beyond the photograph's edge
+
+
+def only_face(path, image, found, where):
+    """Returns the one Face of what find_faces has found in an image; ends in one line where there
+    is none, or several. where: what that line says of the square that may be given instead."""
+    several, aside = found
+    if not several:
         what = 'no face was found'
         if aside:
             what = (
@@ -461,15 +326,20 @@ def only_face(path, image, where):
                 'and the model wants one from the front'
             )
         rh.stop(f'{path}: {what}; to go on anyway give a square, --crop X Y SIZE {where}')
-    if len(faces) > 1:
+    if len(several) > 1:
+        if np.median([abs(face.roll) for face in several]) > 45:
+            rh.stop(
+                f'{path}: {len(several)} faces were found in a picture that lies on its side; '
+                'turn it upright, then choose one'
+            )
         choices = []
         shrunk = image.info.get('shrunk', 1)
-        for face in faces:
+        for face in several:
             crop = ' '.join(str(shrunk * value) for value in crop_of(face))
             choices.append(f'at ({face.x * shrunk:.0f}, {face.y * shrunk:.0f}) --crop {crop}')
         listed = '; '.join(choices)
-        rh.stop(f'{path}: {len(faces)} faces were found, choose one: {listed}')
-    return faces[0]
+        rh.stop(f'{path}: {len(several)} faces were found, choose one: {listed}')
+    return several[0]
 
 
 def check_crop(path, image, crop, where):
@@ -484,15 +354,42 @@ def check_crop(path, image, crop, where):
         )
 
 
+def tell(path, face, known):
+    """Says in a line what may make the portrait worse: a turned head, or an edge that cuts it."""
+    if face is not None and abs(face.yaw) > 15:
+        rh.note(
+            f'{path}: the face looks {abs(face.yaw):.0f} degrees aside; '
+            'one from the front gives a better likeness'
+        )
+    beyond = 1 - known.mean()
+    if beyond > 0.02:
+        rh.note(
+            f'{path}: {100 * beyond:.0f} % of the crop is beyond the edge of the picture, '
+            'and taken for unknown'
+        )
+
+
+def cut_from_head(known):
+    """How much of a head in its place in the square is not `known` (SIDE, SIDE), 0..1."""
+    y, x = pixel_centres()
+    return 1 - known[ellipse(x, y, 128, 80, 42, 58)].mean()
+
+
 def align(path, size, crop=None, sheet=None):
-    """Makes a portrait of a photograph of one person -> rgb (3, size, size) in [-1, 1] and alpha
-    (1, size, size) in 0..1, as scenes.read_portrait gives them.
+    """Makes a portrait of a photograph of one person -> Aligned, of `size` pixels a side.
 
     crop: (x, y, size) in pixels of the upright photograph, which may reach beyond its edge;
     without one the face is looked for. sheet: an image file to write, which shows what was done.
     Ends in one line where no face, several or only profiles are found.
     """
     image = scenes.open_image(path)
+    found = None if crop is not None else faces.find_faces(image)
+    return aligned(path, image, size, crop, found, sheet)
+
+
+def aligned(path, image, size, crop, found, sheet):
+    """Does `align` for an RGBA image in which find_faces has `found` what it returns."""
+    import_opencv()
     shrunk = image.info.get('shrunk', 1)
     where = (
         f'in pixels of the {shrunk * image.width} x {shrunk * image.height}, '
@@ -501,13 +398,23 @@ def align(path, size, crop=None, sheet=None):
     face = None
     roll = 0.0
     if crop is None:
-        face = only_face(path, image, where)
+        face = only_face(path, image, found, where)
         crop = crop_of(face)
         if abs(face.roll) > 4:
             roll = face.roll
     else:
         crop = [value / shrunk for value in crop] if shrunk > 1 else crop
     check_crop(path, image, crop, where)
+
+    known = known_of(image, crop, roll)
+    cut = cut_from_head(known)
+    if face is not None and cut > HEAD_CUT:
+        x, y, side = (shrunk * value for value in crop)
+        rh.stop(
+            f'{path}: {100 * cut:.0f} % of the head is beyond the edge of the picture; '
+            f'give one that shows all of it, or go on with --crop {x} {y} {side}'
+        )
+    tell(path, face, known)
 
     square = square_of(image, crop, roll)
     transparent = np.asarray(image.getchannel('A')) < 128
@@ -518,4 +425,71 @@ def align(path, size, crop=None, sheet=None):
 
     small = np.asarray(result.resize((size, size), Image.LANCZOS)).copy()
     rgba = torch.from_numpy(small).permute(2, 0, 1).float() / 255
-    return rgba[:3] * 2 - 1, rgba[3:]
+    shown = Image.fromarray((255 * known).astype(np.uint8)).resize((size, size), Image.BOX)
+    return Aligned(
+        rgba[:3] * 2 - 1, rgba[3:], torch.from_numpy(np.array(shown))[None].float() / 255
+    )
+
+
+# 5 Is it a portrait already? ----------------------------------------------------------------------
+def on_plain_ground(portrait):
+    """Whether a portrait, rgb (3, P, P) in [-1, 1] and alpha (1, P, P), shows somebody who is cut
+    out, or before one colour."""
+    rgb, alpha = portrait
+    if (alpha < 0.5).float().mean() > 0.1:
+        return True
+    white = scenes.portrait_on_white(rgb, alpha)
+    return likeness.flat_ground((white + 1) / 2) is not None
+
+
+def framed(face, image):
+    """Whether a Face is about where a portrait has it, once the image is made square: by
+    scenes.squared, at the top or at both sides."""
+    side = max(image.size)
+    unit = side / SIDE
+    x = (face.x + (side - image.width) / 2) / unit
+    y = (face.y + side - image.height) / unit
+    off = np.hypot(x - CENTRE[0], y - CENTRE[1])
+    wider = face.width / unit / WIDTH
+    scaled = max(wider, 1 / wider)
+    return off < NOT_A_PORTRAIT and scaled < MIS_SCALED and abs(face.roll) < MIS_TURNED
+
+
+def read(path, size, align_it=None, crop=None, sheet=None):
+    """Reads an image file as a portrait of `size` pixels a side -> Aligned.
+
+    align_it: whether to `align` it; None: where it is a photograph, and no portrait. A portrait is
+    one person, framed as the training portraits, cut out or before a plain ground; it is read as
+    scenes.read_portrait reads it. crop, sheet: see `align`.
+    """
+    if align_it or crop:
+        return align(path, size, crop, sheet)
+    image = scenes.open_image(path)
+    portrait = scenes.as_portrait(path, image, size)
+    as_it_is = Aligned(*portrait, torch.ones_like(portrait[1]))
+    if align_it is False:
+        return as_it_is
+
+    plain = on_plain_ground(portrait)
+    if not faces.can_find():
+        if not plain:
+            rh.note(
+                f'{path}: taken as a portrait as it is; to find the face in a photograph: '
+                f'{faces.INSTALL}'
+            )
+        return as_it_is
+
+    found = faces.find_faces(image)
+    if plain and not found[0]:  # drawings have faces that nobody finds
+        return as_it_is
+    if plain and len(found[0]) == 1 and framed(found[0][0], image):
+        return as_it_is
+    if not found[0]:
+        what = 'a face from the side' if found[1] else 'no face'
+        rh.stop(
+            f'{path}: no portrait on a plain ground, and {what} was found in it; '
+            'give a square, --crop X Y SIZE, or take it as it is, --no-align'
+        )
+    result = aligned(path, image, size, None, found, sheet)
+    rh.note(f'{path}: taken for a photograph, and aligned (--no-align takes it as it is)')
+    return result
