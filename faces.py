@@ -404,18 +404,18 @@ def by_cascades_at(cv2, image, longest, most):
     scale = min(longest / max(image.size), 6)
     frontal = load_cascades(cv2, FRONTAL)
     pixels = np.asarray(image)
-    for quarters in (0, 1, 3, 2):
+    turns = [(0, lean) for lean in LEANS] + [(quarters, 0) for quarters in (1, 3, 2)]
+    for quarters, lean in turns:
         picture = Image.fromarray(np.ascontiguousarray(np.rot90(pixels, quarters)))
         gray = gray_of(picture, scale)
-        for lean in LEANS:
-            faces = []
-            for face, votes in faces_that_lean(cv2, frontal, gray, lean, most):
-                x, y = turned_back(face.centre / scale, quarters, image.size)
-                face = Face(x, y, face.width / scale, face.roll + 90 * quarters)
-                if looks_like_a_face(cv2, image, face):
-                    faces.append((face, votes))
-            if faces:
-                return faces
+        faces = []
+        for face, votes in faces_that_lean(cv2, frontal, gray, lean, most):
+            x, y = turned_back(face.centre / scale, quarters, image.size)
+            face = Face(x, y, face.width / scale, face.roll + 90 * quarters)
+            if looks_like_a_face(cv2, image, face):
+                faces.append((face, votes))
+        if faces:
+            return faces
     return []
 
 

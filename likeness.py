@@ -350,13 +350,14 @@ def find_person(front, usual, image, alpha):
 
 @torch.autocast('cpu', enabled=False)
 @torch.autocast('cuda', enabled=False)
-def straighten_one(view, opacity, usual, image, alpha):
-    """Does `straighten` for one portrait (3, P, P) in [-1, 1] of alpha (1, P, P) -> Seen, by the
-    `front_view` of a sample; usual: see find_in_photograph."""
+def straighten_one(view, opacity, usual, image, alpha, known=None):
+    """Does `straighten` for one portrait (3, P, P) in [-1, 1] of alpha and known (1, P, P) -> Seen,
+    by the `front_view` of a sample; usual: see find_in_photograph."""
     found = find_person(Front(view, opacity), usual, (image + 1) / 2, alpha)
     white, person = found.cutout
     believed = found.believed
-    known = torch.ones_like(alpha)
+    if known is None:
+        known = torch.ones_like(alpha)
     if person.max() < 0.5:  # nobody is there
         believed = torch.zeros_like(person)
 
@@ -373,12 +374,13 @@ def straighten_one(view, opacity, usual, image, alpha):
 SAME = 1e-3  # mean difference of images in [-1, 1] that show the same
 
 
-def straighten(models, images, alpha=None, **how):
+def straighten(models, images, alpha=None, known=None, **how):
     """Shows portraits as training had them: on white, each person in its place -> Seen.
 
-    images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1. The
-    persons are found with the avatars of a first sample, of the base model alone, and then with
-    those of a second one, of what was found first. how: see rh.generate.
+    images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1; known
+    (B, 1, P, P) in 0..1 is 0 where they show nothing (photo.Aligned). The persons are found with
+    the avatars of a first sample, of the base model alone, and then with those of a second one, of
+    what was found first. how: see rh.generate.
     """
     decoder = models['decoder']
     prior = getattr(models['base'], 'prior', None)
@@ -386,8 +388,11 @@ def straighten(models, images, alpha=None, **how):
     P = images.shape[-1]
     if alpha is None:
         alpha = torch.ones(len(images), 1, P, P)
+    if known is None:
+        known = torch.ones(len(images), 1, P, P)
     images = images.to(device)
     alpha = alpha.to(device)
+    known = known.to(device)
 
     @functools.cache
     def usual():  # a network without a prior (see shortcuts.py) knows no mean avatar
@@ -400,9 +405,9 @@ def straighten(models, images, alpha=None, **how):
     for _ in range(2):
         avatars = rh.generate(models, shown, quick=True, **how)
         parts = []
-        for planes, image, a in zip(avatars.planes, images, alpha):
+        for planes, *portrait in zip(avatars.planes, images, alpha, known):
             front = front_view(planes, decoder, P)
-            parts.append(straighten_one(*front, usual, image, a))
+            parts.append(straighten_one(*front, usual, *portrait))
         seen = Seen(*map(torch.stack, zip(*parts)))
 
         if (seen.images - shown).abs().mean() < SAME:  # they are as they were
@@ -660,12 +665,14 @@ def steps_for(steps, photographs):
     return round(MORE_STEPS * steps * len(photographs))
 
 
-def avatars_of(models, images, refine_steps=None, alpha=None, photographs=(), **how):
+def avatars_of(
+    models, images, refine_steps=None, alpha=None, known=None, photographs=(), **how
+):
     """Makes planes (B, 3, C, R, R) of portraits: straightened, sampled and fitted in
     `refine_steps` steps (default: the models' likeness_steps), or for 0 steps only sampled.
 
-    images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1.
-    photographs: further ones of the person of one portrait. how: see rh.generate.
+    images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1; known:
+    see straighten. photographs: further ones of the person of one portrait. how: see rh.generate.
     """
     if photographs and len(images) != 1:
         raise ValueError(f'further photographs are of one portrait, not of {len(images)}')
@@ -674,7 +681,7 @@ def avatars_of(models, images, refine_steps=None, alpha=None, photographs=(), **
     if not refine_steps:
         return rh.generate(models, images, **how).planes
 
-    seen = straighten(models, images, alpha, **how)
+    seen = straighten(models, images, alpha, known, **how)
     seed = how.get('seed', 0)
     correct = towards(seen, models['decoder'], seed)
     planes = rh.generate(models, seen.images, correct=correct, **how).planes

@@ -1,7 +1,7 @@
 """Stage 3: a portrait -> an avatar that can be seen from all around.
 
     python sample.py --portrait me.png
-    python sample.py --portrait photograph.jpg --align
+    python sample.py --portrait photograph.jpg
     python sample.py --portrait me.png --view left.png:-60 --view right.png:45
     python sample.py --portrait me.png you.png --count 2
     python sample.py --portrait me.png --interpolate you.png
@@ -9,8 +9,8 @@
     python sample.py --portrait me.png --edit "red hair" "a dark green suit"
     python sample.py --unconditional --count 4 --seed 7
 
---align finds the face in any photograph, frames it as the training portraits are, and drops the
-background. --view gives further photographs of the person, and says from where, in degrees around
+In a photograph the face is found, framed as the training portraits are, and the background dropped:
+--align does so with any image, --no-align with none. --view gives further photographs of the person, and says from where, in degrees around
 the head: 0 is the front, 90 the person's left side. Several portraits, and several avatars of each
 (--count), are made in one go. --interpolate goes from one portrait to another, while the avatar
 turns. A --prompt becomes an avatar by Rodin's latents (rodin.py), which know the words of
@@ -21,7 +21,7 @@ Uses the models in runs/ (with fits/decoder.pt) where they have been trained, el
 weights/. Writes samples/<name>/:
 
     portrait.png                what the model saw (portrait1.png and so on of further portraits)
-    align.png                   what --align did
+    align.png                   what was done to a photograph
     grid.png                    each avatar from six sides
     turntable.webp, .gif, .mp4  the last where imageio-ffmpeg is installed
     viewer.html                 one file for a browser (viewer1.html and so on of further avatars)
@@ -71,6 +71,7 @@ class Portraits(NamedTuple):
 
     images: torch.Tensor  # (B, 3, P, P) in [-1, 1], on white
     alpha: torch.Tensor  # (B, 1, P, P) in 0..1
+    known: torch.Tensor  # (B, 1, P, P) in 0..1, 0 beyond the edge of a photograph
 
 
 class Sampled(NamedTuple):
@@ -316,20 +317,17 @@ def draw_prompt(args, folder, device):
 
 
 def read_portraits(paths, size, args, folder):
-    """Reads images as portraits of `size` pixels a side, photographs with --align or --crop ->
-    Portraits, or None where there are none."""
+    """Reads images as portraits of `size` pixels a side -> Portraits, or None where there are none.
+    Photographs are aligned (see photo.read), the drawing of --prompt only with --align."""
     if not paths:
         return None
-    images, alphas = [], []
+    align = args.align if args.prompt is None else bool(args.align)
+    read = []
     for k, path in enumerate(paths):
-        if args.align or args.crop:
-            sheet = folder / export.numbered('align.png', k)
-            rgb, alpha = photo.align(path, size, args.crop, sheet)
-        else:
-            rgb, alpha = scenes.read_portrait(path, size)
-        images.append(scenes.portrait_on_white(rgb, alpha))
-        alphas.append(alpha)
-    return Portraits(torch.stack(images), torch.stack(alphas))
+        sheet = folder / export.numbered('align.png', k)
+        rgb, alpha, known = photo.read(path, size, align, args.crop, sheet)
+        read.append((scenes.portrait_on_white(rgb, alpha), alpha, known))
+    return Portraits(*map(torch.stack, zip(*read)))
 
 
 def read_photographs(args, size):
@@ -440,9 +438,9 @@ def straighten(models, given, parts, how):
     """Does likeness.straighten for the Portraits `given`, in parts -> likeness.Seen."""
     found = []
     for part in parts:
-        images, alpha = (x[part] for x in given)
+        portraits = (x[part] for x in given)
         seed = how['seed'] + part.start
-        found.append(likeness.straighten(models, images, alpha, **{**how, 'seed': seed}))
+        found.append(likeness.straighten(models, *portraits, **{**how, 'seed': seed}))
     return likeness.Seen(*map(torch.cat, zip(*found)))
 
 
@@ -731,8 +729,9 @@ def parse(argv=None):
                            'avatar i draws its noise from seed + i')
 
     seen = p.add_argument_group('photographs and words')
-    seen.add_argument('--align', action='store_true',
-                      help='of any photograph: find, level and frame the face, drop the background')
+    seen.add_argument('--align', action=argparse.BooleanOptionalAction,
+                      help='find, level and frame the face, drop the background (default: of '
+                           'photographs, but not of portraits on a plain ground)')
     seen.add_argument('--crop', type=int, nargs=3, metavar=('X', 'Y', 'SIZE'),
                       help='--align to this square, where it does not find the face')
     seen.add_argument('--edit', nargs='+', metavar='WORDS',

@@ -5,22 +5,30 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT
 from PIL import Image
 
+import faces
 import photo
 import rodinhd as rh
+import scenes
 
 PUPILS = np.array([[203.4, 100.8], [246.8, 103.1]])  # of the astronaut, in pixels
 EYE_COLUMNS = (111.5, 143.9)  # where the portraits have them in the square
 EYE_ROW = 80.6
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    pytest.importorskip('cv2').setNumThreads(1)
+
+
 @pytest.fixture(scope='module')
 def astronaut():
     """NASA's portrait of Eileen Collins, in the public domain, 512 x 512."""
-    cv2 = pytest.importorskip('cv2')
-    if not hasattr(cv2, 'CascadeClassifier'):
-        pytest.skip('this OpenCV has no face cascades: pip install "opencv-python-headless<5"')
+    if not faces.can_find():
+        pytest.skip(f'nothing here finds faces: {faces.INSTALL}')
     return Image.fromarray(pytest.importorskip('skimage.data').astronaut())
 
 
@@ -69,7 +77,7 @@ def assert_framed(rgb, alpha):
 def test_a_photograph_is_framed_as_the_portraits(astronaut, tmp_path):
     astronaut.save(tmp_path / 'a.png')
     sheet_path = tmp_path / 'new' / 'align.png'
-    assert_framed(*photo.align(tmp_path / 'a.png', 128, sheet=sheet_path))
+    assert_framed(*photo.align(tmp_path / 'a.png', 128, sheet=sheet_path)[:2])
     with Image.open(sheet_path) as sheet:
         assert sheet.height == photo.SIDE
         assert sheet.width > 3 * photo.SIDE
@@ -85,7 +93,7 @@ def test_eyes_are_where_the_portraits_have_them(astronaut, lean, scale):
     """Within 6 pixels of the square, and level within 4 degrees."""
     image = astronaut.rotate(lean, resample=Image.BICUBIC, fillcolor=(180, 175, 170))
     image = image.resize([round(n * scale) for n in image.size], Image.LANCZOS)
-    (face,), aside = photo.find_faces(image.convert('RGBA'))
+    (face,), aside = faces.find_faces(image.convert('RGBA'))
     assert not aside
 
     c = np.cos(np.radians(lean))
@@ -139,7 +147,7 @@ def test_of_several_faces_one_is_to_be_chosen(astronaut, tmp_path):
     assert len(crops) == 2
     assert abs(crops[1][0] - crops[0][0] - 330) < 8
     for crop in crops:
-        assert_framed(*photo.align(tmp_path / 'two.png', 128, crop))
+        assert_framed(*photo.align(tmp_path / 'two.png', 128, crop)[:2])
 
 
 @pytest.mark.parametrize(('width', 'count'), [(100, 1), (180, 2)])
@@ -148,9 +156,9 @@ def test_a_small_face_beside_a_large_one_is_nobody(astronaut, width, count):
     both = Image.new('RGB', (450, 250), 'gray')
     both.paste(head, (0, 0))
     both.paste(head.resize((width, width), Image.LANCZOS), (260, 40))
-    faces, _ = photo.find_faces(both.convert('RGBA'))
-    assert len(faces) == count
-    assert faces[0].x < 250
+    found, _ = faces.find_faces(both.convert('RGBA'))
+    assert len(found) == count
+    assert found[0].x < 250
 
 
 # What is refused ----------------------------------------------------------------------------------
@@ -175,16 +183,22 @@ def test_a_face_from_the_side_is_said(astronaut, tmp_path):
 
 
 @pytest.mark.parametrize('module', [None, SimpleNamespace(__version__='5.0.0')])
-def test_without_its_package_it_says_what_to_install(monkeypatch, tmp_path, module):
-    """The package may be missing, or be a version without the cascades."""
+def test_without_its_packages_it_says_what_to_install(monkeypatch, tmp_path, module):
+    """OpenCV may be missing, or be a version without the cascades, and MTCNN be missing, too."""
     monkeypatch.setitem(sys.modules, 'cv2', module)
-    Image.new('RGB', (64, 64)).save(tmp_path / 'a.png')
+    monkeypatch.setattr(faces, 'network', lambda: None)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / 'a.png')
     with pytest.raises(rh.Stop) as stopped:
         photo.align(tmp_path / 'a.png', 64)
     line = str(stopped.value)
-    assert 'pip install "opencv-python-headless<5"' in line
+    assert faces.INSTALL in line
     assert '\n' not in line
-    assert ('5.0.0' in line) == (module is not None)
+
+    # What cannot be recognised is taken as it is
+    rgb, alpha, known = photo.read(tmp_path / 'a.png', 64)
+    assert torch.equal(rgb, scenes.read_portrait(tmp_path / 'a.png', 64)[0])
+    assert known.min() == alpha.min() == 1
 
 
 def test_no_photograph_at_all(tmp_path):
@@ -192,13 +206,101 @@ def test_no_photograph_at_all(tmp_path):
         photo.align(tmp_path / 'a.png', 64)
 
 
+# What needs no option -----------------------------------------------------------------------------
+def test_a_photograph_is_recognised(astronaut, tmp_path, capsys):
+    astronaut.save(tmp_path / 'a.png')
+    aligned = photo.align(tmp_path / 'a.png', 128)
+    capsys.readouterr()
+    read = photo.read(tmp_path / 'a.png', 128)
+    assert all(torch.equal(x, y) for x, y in zip(read, aligned))
+    line, = capsys.readouterr().err.splitlines()
+    assert '--no-align' in line
+
+    rgb, alpha, _ = photo.read(tmp_path / 'a.png', 128, align_it=False)
+    assert alpha.min() == 1
+    assert torch.equal(rgb, scenes.read_portrait(tmp_path / 'a.png', 128)[0])
+
+
+def test_a_photograph_of_no_face_is_refused_with_the_way_out(astronaut, tmp_path):
+    cup = Image.fromarray(pytest.importorskip('skimage.data').coffee()).reduce(2)
+    cup.save(tmp_path / 'cup.png')
+    with pytest.raises(rh.Stop) as stopped:
+        photo.read(tmp_path / 'cup.png', 64)
+    line = str(stopped.value)
+    assert '--no-align' in line
+    assert '--crop X Y SIZE' in line
+    assert '\n' not in line
+
+
+@pytest.mark.parametrize('ground', [None, 'white', (200, 205, 210)])
+@pytest.mark.parametrize('name', ['portrait', 'smile'])
+def test_a_portrait_stays_as_it_is(tmp_path, name, ground):
+    path = ROOT / 'examples' / f'{name}.png'
+    if ground:
+        with Image.open(path) as image:
+            on_ground = Image.new('RGBA', image.size, ground)
+            on_ground.alpha_composite(image.convert('RGBA'))
+        path = tmp_path / 'a.png'
+        on_ground.convert('RGB').save(path)
+    sheet = tmp_path / 'align.png'
+    rgb, alpha, known = photo.read(path, 96, sheet=sheet)
+    expected = scenes.read_portrait(path, 96)
+    assert torch.equal(rgb, expected[0])
+    assert torch.equal(alpha, expected[1])
+    assert known.min() == 1
+    assert not sheet.exists()
+
+
+def test_a_small_portrait_on_white_is_framed(astronaut, tmp_path):
+    """A third as large and in a corner: it comes back at its place."""
+    with Image.open(ROOT / 'examples' / 'smile.png') as image:
+        figure = image.convert('RGBA').resize((200, 200), Image.LANCZOS)
+    page = Image.new('RGBA', (600, 600), 'white')
+    page.alpha_composite(figure, (360, 380))
+    page.convert('RGB').save(tmp_path / 'a.png')
+    found, _ = faces.find_faces(page)
+    x, y, size = photo.crop_of(found[0])
+    assert abs(x - 360) < 12
+    assert abs(y - 380) < 12
+    assert 0.85 < size / 200 < 1.15
+    assert photo.read(tmp_path / 'a.png', 96).alpha[0, :8].max() < 0.02
+
+
+def test_a_picture_on_its_side_is_turned(astronaut, tmp_path):
+    """The nozzle of the rocket was taken for a face, once the picture was turned."""
+    for quarters in (1, 2, 3):
+        turned = astronaut.reduce(2).rotate(90 * quarters, expand=True)
+        (face,), _ = faces.find_faces(turned.convert('RGBA'))
+        expected = turned_point(PUPILS.mean(0), quarters, 512) / 2
+        assert np.abs(face.centre - expected).max() < 15
+        off = (face.roll + 90 * quarters + 180) % 360 - 180
+        assert abs(off) < 8
+
+
+def turned_point(point, quarters, side):
+    """Where a point goes that PIL turns by quarters counterclockwise with a square picture."""
+    x, y = point
+    for _ in range(quarters):
+        x, y = y, side - x
+    return np.array([x, y])
+
+
+def test_a_head_that_is_cut_is_refused(astronaut, tmp_path):
+    half = astronaut.crop((215, 0, 512, 512))
+    half.save(tmp_path / 'half.png')
+    with pytest.raises(rh.Stop) as stopped:
+        photo.read(tmp_path / 'half.png', 64)
+    assert '\n' not in str(stopped.value)
+    assert '--crop' in str(stopped.value)
+
+
 # Crops by hand ------------------------------------------------------------------------------------
 def test_a_crop_by_hand_looks_for_no_face(astronaut, tmp_path, monkeypatch):
-    monkeypatch.setattr(photo, 'find_faces', None)
+    monkeypatch.setattr(faces, 'find_faces', None)
     path = tmp_path / 'a.png'
     sheet = tmp_path / 'align.png'
     astronaut.save(path)
-    assert_framed(*photo.align(path, 128, [60, -8, 326], sheet=sheet))
+    assert_framed(*photo.align(path, 128, [60, -8, 326], sheet=sheet)[:2])
     assert sheet.is_file()
     for crop in ([600, 0, 100], [0, -200, 150], [0, 0, 3], [0, 0, 10 ** 6]):
         x, y, size = crop
@@ -208,9 +310,11 @@ def test_a_crop_by_hand_looks_for_no_face(astronaut, tmp_path, monkeypatch):
 def test_a_crop_off_the_edge_is_empty_there(astronaut, tmp_path):
     tight = astronaut.crop((120, 0, 330, 220))  # hair and face, no shoulders
     tight.save(tmp_path / 'tight.png')
-    _, alpha = photo.align(tmp_path / 'tight.png', 128)
+    _, alpha, known = photo.align(tmp_path / 'tight.png', 128)
     assert alpha[0, 30:60, 54:74].min() > 0.95
     assert alpha[0, 92:].max() < 0.02
+    assert known[0, 30:60, 40:90].min() == 1
+    assert known[0, 95:].max() == 0
 
 
 # The person ---------------------------------------------------------------------------------------
@@ -218,7 +322,7 @@ def test_a_person_cut_out_before_keeps_the_alpha(astronaut, tmp_path):
     y, x = np.mgrid[:512, :512]
     disc = np.uint8(255) * (np.hypot(x - 224, y - 120) < 110)
     Image.fromarray(np.dstack([np.asarray(astronaut), disc])).save(tmp_path / 'a.png')
-    _, alpha = photo.align(tmp_path / 'a.png', 128, [60, -8, 326])
+    _, alpha, _ = photo.align(tmp_path / 'a.png', 128, [60, -8, 326])
 
     v, u = (np.mgrid[:128, :128] + 0.5) * 326 / 128
     expected = np.hypot(u + 60 - 224.5, v - 8 - 120.5) < 110
@@ -245,6 +349,7 @@ def test_the_matte_is_that_of_the_silhouette(astronaut):
     noise = np.random.default_rng(0).normal(0, 6, rgb.shape)
     rgb = (rgb + noise).clip(0, 255).astype(np.uint8)
 
-    found = photo.matte(rgb, np.ones((256, 256), bool))
+    cv2 = photo.import_opencv()
+    found = photo.matte_by_grabcut(cv2, rgb, np.ones((256, 256), bool)) > 0.5
     assert (found & person).sum() / (found | person).sum() > 0.95
     assert found[200, 64]
