@@ -29,8 +29,7 @@ EYES_TO_CENTRE = 8.35  # from the eyes down to CENTRE
 HEAD_RADIUS = 48.6  # from the axis of the head to the eyes, in front of it
 ASIDE = 45  # degrees of yaw from which on a face is one from the side
 INSTALL = (
-    'pip install opencv-python-headless requests && pip install --no-deps facenet-pytorch '
-    '(or pip install "opencv-python-headless<5" alone)'
+    'pip install "opencv-python-headless<5" requests && pip install --no-deps facenet-pytorch'
 )
 
 

@@ -268,7 +268,7 @@ def test_a_small_portrait_on_white_is_framed(astronaut, tmp_path):
 
 def test_a_picture_on_its_side_is_turned(astronaut, tmp_path):
     """The nozzle of the rocket was taken for a face, once the picture was turned."""
-    for quarters in (1, 2, 3):
+    for quarters in (1, 2, 3) if faces.network() else (1,):  # the cascades are slow
         turned = astronaut.reduce(2).rotate(90 * quarters, expand=True)
         (face,), _ = faces.find_faces(turned.convert('RGBA'))
         expected = turned_point(PUPILS.mean(0), quarters, 512) / 2
