@@ -10,12 +10,12 @@
     python sample.py --unconditional --count 4 --seed 7
 
 In a photograph the face is found, framed as the training portraits are, and the background dropped:
---align does so with any image, --no-align with none. --view gives further photographs of the person, and says from where, in degrees around
-the head: 0 is the front, 90 the person's left side. Several portraits, and several avatars of each
-(--count), are made in one go. --interpolate goes from one portrait to another, while the avatar
-turns. A --prompt becomes an avatar by Rodin's latents (rodin.py), which know the words of
-captions.py; with --sd Stable Diffusion draws a portrait of any words (words.py). --edit changes
-what it names of an avatar, and no more.
+--align does so with any image, --no-align with none. --view gives further photographs of the
+person, and says from where, in degrees around the head: 0 is the front, 90 the person's left side.
+Several portraits, and several avatars of each (--count), are made in one go. --interpolate goes
+from one portrait to another, while the avatar turns. A --prompt becomes an avatar by Rodin's
+latents (rodin.py), which know the words of captions.py; with --sd Stable Diffusion draws a portrait
+of any words (words.py). --edit changes what it names of an avatar, and no more.
 
 Uses the models in runs/ (with fits/decoder.pt) where they have been trained, else those in
 weights/. Writes samples/<name>/:
