@@ -465,7 +465,7 @@ def read(path, size, align_it=None, crop=None, sheet=None):
     if align_it or crop:
         return align(path, size, crop, sheet)
     image = scenes.open_image(path)
-    portrait = scenes.as_portrait(path, image, size)
+    portrait = scenes.portrait_in_floats(scenes.portrait_pixels(path, image, size))
     as_it_is = Aligned(*portrait, torch.ones_like(portrait[1]))
     if align_it is False:
         return as_it_is
