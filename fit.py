@@ -283,6 +283,7 @@ def fit_decoder(args, config, rank, world, device):
         betas=(0.9, 0.99),
         eps=1e-15,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     sources = sources_of(folders, state_path, args.fits / 'decoder.pt')
     settings = {

@@ -545,7 +545,8 @@ class RowSum(torch.autograd.Function):
         order = flat.int().argsort()
         point = order // index.shape[1]  # index is (N, 12)
         weight = weight.view(-1)[order]
-        pairs_of_row = torch.bincount(flat, minlength=ctx.texels)
+        ones = torch.ones_like(flat)
+        pairs_of_row = ones.new_zeros(ctx.texels).index_add_(0, flat, ones)  # bincount would wait
         first_pair = pairs_of_row.cumsum(0) - pairs_of_row
         table = F.embedding_bag(point, grad, first_pair, mode='sum', per_sample_weights=weight)
         return table, None, None
@@ -898,18 +899,18 @@ def lattice_of(rays_o, rays_d, steps, offset=None):
 def occupied_blocks(lattice, grid=None):
     """Which blocks of 8 lattice points may hold samples: their rays (K,) and first points (K,).
 
-    A block is tested once, at its middle, against the grid widened by half a block.
+    A block is tested once, at its middle, against the grid widened by half a block. All blocks that
+    a ray may have are tested: how many it has, a GPU's host would have to wait for.
     """
-    most = int(lattice.count.amax()) if len(lattice.count) else 0
+    most = math.ceil(2 * math.sqrt(3) / lattice.delta) + 1  # lattice points on the box's diagonal
     first = torch.arange(0, most, BLOCK, device=lattice.start.device)
-    ray, block = (first < lattice.count[:, None]).nonzero(as_tuple=True)
-    first = first[block]
+    keep = first < lattice.count[:, None]  # (N, blocks)
     if grid is not None:
-        middle = lattice.start[ray] + (first + (BLOCK - 1) / 2) * lattice.delta
-        points = lattice.rays_o[ray] + middle[:, None] * lattice.rays_d[ray]
-        keep = grid.near_occupied.view(-1)[grid.cell(points)].nonzero()[:, 0]
-        ray, first = ray[keep], first[keep]
-    return ray, first
+        middle = lattice.start[:, None] + (first + (BLOCK - 1) / 2) * lattice.delta
+        points = lattice.rays_o[:, None] + middle[..., None] * lattice.rays_d[:, None]
+        keep = keep & grid.near_occupied.view(-1)[grid.cell(points)]
+    ray, block = keep.nonzero(as_tuple=True)
+    return ray, first[block]
 
 
 def samples_in(lattice, ray, first, grid=None):
@@ -1324,26 +1325,54 @@ def fisher_information(decoder, losses):
 class Finite:
     """finite(tensors) tells whether a step may be taken: whether loss and gradients are finite.
 
-    It stops the program after `most` steps in a row that may not.
+    It stops the program after `most` steps in a row that may not. A fused optimizer can leave out a
+    step by itself: `step` tells it on the device, and looks at how it went every 16 steps, as the
+    host would have to wait each time.
     """
     def __init__(self, what, most=5):
         self.what = what
         self.most = most
         self.skipped = 0
         self.row = 0
+        self.later = []  # what was found at steps that nobody has looked at
 
     def __call__(self, *tensors):
-        # of each the largest value, in one go: a GPU waits once, and writes no masks
-        largest = torch._foreach_norm([x.detach() for x in tensors], math.inf)
-        if bool(torch.stack(largest).isfinite().all()):
-            self.row = 0
-            return True
-        self.row += 1
-        self.skipped += 1
+        bad = bool(not_finite(tensors))
+        self.count(bad)
+        return not bad
+
+    def count(self, bad):
+        self.row = self.row + 1 if bad else 0
+        self.skipped += bad
         if self.row >= self.most:
             stop(f'{self.what}: loss or gradient not finite {self.row} times in a row; '
                  'lower the learning rate (what is saved is finite)')
-        return False
+
+    def step(self, optimizer, *tensors):
+        """A step of an optimizer, where these are finite."""
+        if not optimizer.defaults.get('fused'):
+            if self(*tensors):
+                optimizer.step()
+            return
+        optimizer.found_inf = not_finite(tensors)
+        optimizer.step()
+        self.later.append(optimizer.found_inf)
+        if len(self.later) == 16:
+            self.look()
+
+    def look(self):
+        """Counts the steps that nobody has looked at."""
+        later = self.later
+        self.later = []
+        if later:
+            for bad in torch.stack(later).tolist():
+                self.count(bool(bad))
+
+
+def not_finite(tensors):
+    """1.0 where some value of some of the tensors is infinite or NaN, else 0.0; a tensor ()."""
+    largest = torch._foreach_norm([x.detach() for x in tensors], math.inf)  # writes no masks
+    return 1 - torch.stack(largest).isfinite().all().float()
 
 
 def by_steps(steps):
@@ -1476,8 +1505,7 @@ def step_decoder(decoder, joint, done, config, finite):
     joint.optimizer.param_groups[0]['lr'] = lr
     joint.average()
     # the same on all ranks, so all of them step, or none
-    if finite(*(p.grad for p in decoder.parameters() if p.grad is not None)):
-        joint.optimizer.step()
+    finite.step(joint.optimizer, *(p.grad for p in decoder.parameters() if p.grad is not None))
     joint.optimizer.zero_grad()
 
 
@@ -1538,9 +1566,8 @@ def fit_avatar(
         # Line 6: the planes, which stay in [-1, 1]
         optimizer.zero_grad()
         loss.backward()
-        if finite(loss, table.grad):
-            optimizer.step()
-            table.data.clamp_(-1, 1)
+        finite.step(optimizer, loss, table.grad)
+        table.data.clamp_(-1, 1)
 
         # Line 7: the decoder
         if joint:
@@ -1549,6 +1576,8 @@ def fit_avatar(
         if report and step % 50 == 0:
             report(done, {name: term.item() for name, term in terms.items()})
 
+    finite.look()
+    finite_decoder.look()
     planes = planes_of(table.detach())
     if not joint:
         return Visit(planes, grid, None)
@@ -1614,6 +1643,7 @@ def keep_pace(decoder, joint, config):
     finite = Finite('decoder')
     for done in by_steps(config.inner):
         step_decoder(decoder, joint, done, config, finite)
+    finite.look()
 
 
 # 7 Portrait features ------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def average_gradients(parameters, active=True):
     flat = torch.cat(parts)
 
     dist.all_reduce(flat)
-    flat /= flat[-1].clamp(min=1).item()
+    flat /= flat[-1].clamp(min=1)
     sizes = [p.numel() for p in parameters]
     for p, gradient in zip(parameters, flat[:-1].split(sizes), strict=True):
         p.grad = gradient.view_as(p).clone()
