@@ -8,6 +8,7 @@
     python evaluate.py --images rodin=folder              another method's renders
     python evaluate.py --inception download --clip clip.pt    FID, of Inception and CLIP features
     python evaluate.py --judge csim=face.pt expression=e.pt   identity, expression, pose, shape
+    python evaluate.py --refiner                          Rodin*: fitted and generated, refined
     python evaluate.py --consistency 6                    do views of six generated avatars agree?
     python evaluate.py --rows latent --guidance 1 1.2 1.5 3 6     of CLIP's vector alone (Rodin)
     python evaluate.py --unconditional 64                 how distinct are avatars of nobody?
@@ -21,7 +22,8 @@ makes of it, where there is one; see rodin.py), and two baselines that any gener
 planes. A new row is a function and a line of ROWS; a new metric is a line of metrics.of_pairs.
 
 `front` is the PSNR of the view that is the portrait, which `generated` has been fitted to; FD-VAE
-is a Frechet distance of the project's own features, not FID. A judge is any TorchScript from image
+is a Frechet distance of the project's own features, not FID. `haze` is the mean opacity, in
+percent, where a view shows nothing. A judge is any TorchScript from image
 to vector. The renders of --images are those of the held-out views, folder/<avatar>/<name of the
 view>.png; with --consistency they are a posed set in each folder/<avatar>/.
 
@@ -42,12 +44,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 import batches
 import frozen
 import likeness
 import metrics
+import refiner
 import rodin
 import rodinhd as rh
 import running
@@ -59,6 +62,12 @@ import surface
 class Avatar(NamedTuple):
     planes: torch.Tensor  # (3, C, R, R) in [-1, 1]
     decoder: rh.Decoder  # that reads them
+
+
+class Refined(NamedTuple):
+    """Holds an Avatar whose views are refined one by one (refiner.py)."""
+    avatar: Avatar
+    network: refiner.Refiner
 
 
 class Shots(NamedTuple):
@@ -128,6 +137,19 @@ def photograph(avatar, views, device):
     """Renders an Avatar as `see` does, with a grid made of its density: it may have no hull."""
     field = frozen.freeze(*avatar)
     return shots_of(functools.partial(frozen.render_view, field), views, device)
+
+
+def photograph_refined(avatar, network, views, device):
+    """Renders an Avatar by fewer pixels and refines each view to the size of `views` -> images
+    (V, 3, H, W) in 0..1."""
+    height, width = (refiner.side_of(side, network) for side in views.images.shape[1:3])
+    smaller = views._replace(
+        images=views.images[:, :height, :width],
+        intrinsics=views.intrinsics / network.scale,
+    )
+    shots = photograph(avatar, smaller, device)
+    images = [network.refine(image.permute(1, 2, 0).to(device)).cpu() for image in shots.images]
+    return torch.stack(images).permute(0, 3, 1, 2)
 
 
 def blank_views(c2w, size):
@@ -305,6 +327,19 @@ def psnr_of_known(views, ours, truth):
     return total / len(truth)
 
 
+def haze_of(shots, views):
+    """Measures {'haze': the mean opacity, in percent, of pixels that views show to be empty}.
+
+    That is what floats where nothing should be. It is empty where no pixel is.
+    """
+    empty = views.images[..., 3] == 0  # (V, H, W)
+    if views.unknown is not None:
+        empty &= ~views.unknown
+    if not empty.any():
+        return {}
+    return {'haze': float(100 * shots.opacity[:, 0][empty].mean())}
+
+
 def features_of(image, extract):
     """Extracts {Frechet distance: features (D,)} of an image (3, H, W) in 0..1."""
     return {name: features(image) for name, features in extract.items()}
@@ -375,6 +410,7 @@ class Sources(NamedTuple):
     fitted_decoder: rh.Decoder  # of the planes in --fits
     baselines: Baselines
     device: torch.device
+    network: refiner.Refiner | None = None  # with --refiner
 
 
 def from_fits(subject, sources):
@@ -479,12 +515,16 @@ ROWS = {
 
 
 def candidates_for(subject, sources):
-    """Makes {title of the row: Avatar, or the folder of another method's renders}."""
+    """Makes {title of the row: Avatar, Refined, or the folder of another method's renders}."""
     args, avatar = sources.args, subject.folder.name
     candidates = {name: Path(root) / avatar for name, root in args.images}
     for name, make in ROWS.items():
         if not args.rows or name in args.rows:
             candidates.update(make(subject, sources))
+    if sources.network is not None:
+        for title, made in list(candidates.items()):
+            if isinstance(made, Avatar) and title not in ('nearest', 'mean'):
+                candidates[f'{title}, refined'] = Refined(made, sources.network)
     if not candidates:
         rh.stop(
             f'{avatar}: has none of the rows {" ".join(args.rows)} '
@@ -524,10 +564,15 @@ def read_renders(renders, folder, truth):
 
 
 def measure(candidate, subject, true_features, measures, device):
-    """Measures a candidate, an Avatar or a folder of renders -> Row."""
+    """Measures a candidate, an Avatar, a Refined one or a folder of renders -> Row."""
     truth = subject.truth
+    haze = {}
     if isinstance(candidate, Avatar):
-        images = photograph(candidate, subject.views, device).images
+        shots = photograph(candidate, subject.views, device)
+        images = shots.images
+        haze = haze_of(shots, subject.views)
+    elif isinstance(candidate, Refined):
+        images = photograph_refined(*candidate, subject.views, device)
     else:
         images = read_renders(candidate, subject.folder, truth)
 
@@ -536,6 +581,7 @@ def measure(candidate, subject, true_features, measures, device):
     scores = mean_scores(measures.compare, images, truth)
     if subject.views.unknown is not None:
         scores['PSNR'] = psnr_of_known(subject.views, images, truth)
+    scores.update(haze)
     scores.update(metrics.judge(measures.judges, images, truth))
     if subject.front is not None and isinstance(candidate, Avatar):
         front = photograph(candidate, subject.front, device).images[0]
@@ -645,7 +691,8 @@ def evaluate(args, rank, world, device):
     compare = metrics.of_pairs(vae)
     photographs = photographs_in(args.disturb)
     baselines = Baselines(args, fitted_decoder, device)
-    sources = Sources(args, models, fitted_decoder, baselines, device)
+    network = running.load_refiner(args.runs, device) if args.refiner else None
+    sources = Sources(args, models, fitted_decoder, baselines, device, network)
     folders = some(scenes.list_avatars(args.data), args.count)
     extract = metrics.extractors(vae, args.inception, args.clip)
     measures = Measures(compare, extract, metrics.read_judges(args.judge))
@@ -675,8 +722,6 @@ def evaluate(args, rank, world, device):
 # Measurement 2: consistency -----------------------------------------------------------------------
 # What is of one solid thing can be fitted again; what is not comes out blurred. RodinHD fits a
 # surface model to renders (section 4.1, Tables 3 and 8), and so do we.
-SHARPEN = ImageFilter.UnsharpMask(radius=2, percent=150, threshold=0)
-
 
 class Capture(NamedTuple):
     """Holds renders of an avatar in 8 bits, as pictures and as a set that can be fitted."""
@@ -710,10 +755,9 @@ def cameras_to_measure(size):
     return blank_orbit([(15 + 60 * i, 25 * (i % 2) - 4) for i in range(6)], size)
 
 
-def capture_of(pictures, opacity, cameras):
-    """Makes a Capture of PIL images on white, one a camera, and of opacity (V, 1, H, W)."""
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    images = pixels.permute(0, 3, 1, 2) / 255
+def capture_of(images, opacity, cameras):
+    """Makes a Capture of images (V, 3, H, W) in 0..1 on white and of opacity (V, 1, H, W)."""
+    images = (images * 255).round() / 255
 
     # On white, a pixel is alpha c + 1 - alpha, and c is its straight colour.
     colour = (images - 1 + opacity) / opacity.clamp(min=1e-3)
@@ -722,37 +766,35 @@ def capture_of(pictures, opacity, cameras):
     return Capture(images, cameras._replace(images=rgba.permute(0, 2, 3, 1).contiguous()))
 
 
-def captures(avatar, cameras, device):
-    """Makes two Captures of an avatar: as it is, and with each picture sharpened on its own."""
+def captures(avatar, cameras, network, device):
+    """Makes Captures of an avatar, {name of what is fitted to it: Capture}: as it is and, where
+    there is a refiner, with each picture refined on its own."""
     shots = photograph(avatar, cameras, device)
-    pictures = []
-    for image in shots.images:
-        pixels = image.permute(1, 2, 0).mul(255).round().byte()
-        pictures.append(Image.fromarray(pixels.numpy()))
-    plain = capture_of(pictures, shots.opacity, cameras)
-
-    sharpened = [picture.filter(SHARPEN) for picture in pictures]
-    return plain, capture_of(sharpened, shots.opacity, cameras)
+    made = {'surface': capture_of(shots.images, shots.opacity, cameras)}
+    if network is not None:
+        images = photograph_refined(avatar, network, cameras, device)
+        made['refined'] = capture_of(images, shots.opacity, cameras)
+    return made
 
 
-def fit_again(avatar, folder, args, device):
+def fit_again(avatar, folder, args, network, device):
     """Fits planes and surfaces to renders of an avatar, and surfaces to those of others.
 
     Returns {what was fitted: Outcome}.
     """
     decoder, config = avatar.decoder, avatar.decoder.config
     unseen = cameras_to_measure(config.portrait)
-    plain, sharpened = captures(avatar, cameras_to_fit(config.portrait), device)
-    truth, sharpened_truth = captures(avatar, unseen, device)
+    fitted = captures(avatar, cameras_to_fit(config.portrait), network, device)
+    truth = captures(avatar, unseen, network, device)
 
     pace = rh.by_steps(config.fit_steps)
-    visit = rh.fit_avatar(plain.views, decoder.start, decoder, config, pace, seed=args.seed)
+    views = fitted['surface'].views
+    visit = rh.fit_avatar(views, decoder.start, decoder, config, pace, seed=args.seed)
     shots = photograph(Avatar(visit.planes, decoder), unseen, device)
-    outcomes = {'planes': Outcome(shots.images, truth.images)}
+    outcomes = {'planes': Outcome(shots.images, truth['surface'].images)}
 
     trials = {
-        'surface': Trial(plain.views, unseen, truth.images),
-        'sharpened': Trial(sharpened.views, unseen, sharpened_truth.images),
+        name: Trial(capture.views, unseen, truth[name].images) for name, capture in fitted.items()
     }
     for name, root in args.images:
         posed = Path(root) / folder.name
@@ -768,9 +810,11 @@ def fit_again(avatar, folder, args, device):
 
 
 def first_views(outcomes):
-    """Lists images by the first camera: a render, and what was fitted to such; then sharpened."""
-    planes, solid, sharpened = (outcomes[name] for name in ('planes', 'surface', 'sharpened'))
-    shown = [solid.truth, planes.images, solid.images, sharpened.truth, sharpened.images]
+    """Lists images by the first camera: a render, and what was fitted to such; then refined."""
+    planes, solid = outcomes['planes'], outcomes['surface']
+    shown = [solid.truth, planes.images, solid.images]
+    if 'refined' in outcomes:
+        shown += outcomes['refined'][::-1]
     return [images[0] for images in shown]
 
 
@@ -788,10 +832,10 @@ def mean_over_avatars(results, names):
 def consistency(args, rank, world, device):
     """Asks whether the views of a generated avatar are those of one solid thing.
 
-    Six views are measured after fitting to 36 others: of fresh planes; of a surface; and of a
-    surface fitted to views that were sharpened one by one, which are not of one thing and must come
-    out worse. Then of a surface fitted to another method's renders, a posed set FOLDER/<avatar>/
-    for each (--images), at its held-out views.
+    Six views are measured after fitting to 36 others: of fresh planes; of a surface; and, with
+    --refiner, of a surface fitted to views that were refined one by one, as Rodin* makes them
+    (RodinHD, Table 3). Then of a surface fitted to another method's renders, a posed set
+    FOLDER/<avatar>/ for each (--images), at its held-out views.
     """
     models, _ = load(args, device)
     compare = metrics.of_pairs(copy.deepcopy(models['vae']).cpu())
@@ -800,14 +844,20 @@ def consistency(args, rank, world, device):
         scenes.read_frames(Path(root) / folder.name, 'train')  # stops before the long work
 
     results = {}
-    sheet = Sheet(['render', 'planes', 'surface', 'sharpened', 'its surface'])
+    network = None
+    legend = ['render', 'planes', 'surface']
+    if args.refiner:
+        network = running.load_refiner(args.runs, device)
+        legend += ['refined', 'its surface']
+    sheet = Sheet(legend)
     for folder in running.Bar(folders[rank::world], disable=rank > 0, desc='consistency'):
         rgb, alpha = scenes.portrait_of(folder, models['upsample'].config.portrait)
         image = scenes.portrait_on_white(rgb, alpha)
         fitting = likeness_steps(args, models)
         planes = likeness.avatars_of(models, image[None], fitting, alpha[None], seed=args.seed)[0]
 
-        outcomes = fit_again(Avatar(planes, models['decoder']), folder, args, device)
+        avatar = Avatar(planes, models['decoder'])
+        outcomes = fit_again(avatar, folder, args, network, device)
         rows = {name: mean_scores(compare, *outcome) for name, outcome in outcomes.items()}
         results[folder.name] = rows
         sheet.add(rows['surface']['PSNR'], folder.name, first_views(outcomes))
@@ -935,7 +985,7 @@ MODES = {
     ),
     'unconditional': Mode(
         unconditional,
-        useless='count no_truth guidance steps refine disturb images judge rows',
+        useless='count no_truth guidance steps refine refiner disturb images judge rows',
     ),
 }
 
@@ -1004,6 +1054,8 @@ def parse(argv=None):
     add('--steps', type=int, nargs='+', help='sampling steps of each model (default: its own)')
     fitting = "of fitting to the portrait (see likeness.py); 0: none (default: the model's own)"
     add('--refine', type=int, metavar='STEPS', help=fitting)
+    refined = "also with each view passed through Rodin's refiner (see refiner.py)"
+    add('--refiner', action='store_true', help=refined)
     disturbed = 'also portraits shifted, scaled, on other backgrounds'
     add('--disturb', type=Path, metavar='FOLDER', help=disturbed)
     others = 'also renders of others (see above)'

@@ -11,6 +11,7 @@ from PIL import Image
 import export
 import frozen
 import rodinhd as rh
+from refiner import side_of
 
 ELEVATION = 5  # of the turntable's camera, degrees
 SIDES = (0, 320, 40, 270, 90, 180)  # azimuths of the grid's views, degrees
@@ -34,10 +35,11 @@ def avatar_of(planes, decoder, config):
 # Views --------------------------------------------------------------------------------------------
 class Turn:
     """The views of an avatar from all around, each of which is drawn once; with `tag` each says
-    that it is synthetic."""
-    def __init__(self, avatar, size, tag=False):
+    that it is synthetic. A `refiner` makes each view of a smaller one (refiner.py)."""
+    def __init__(self, avatar, size, tag=False, refiner=None):
         self.avatar = avatar
         self.size = size
+        self.refiner = refiner
         self.tag = tag
         self.drawn = {}  # by azimuth, degrees
 
@@ -45,17 +47,21 @@ class Turn:
         """Returns the picture from a side."""
         azimuth = azimuth % 360
         if azimuth not in self.drawn:
-            picture = draw(self.avatar, azimuth, self.size)
+            picture = draw(self.avatar, azimuth, self.size, self.refiner)
             self.drawn[azimuth] = export.tagged(picture) if self.tag else picture
         return self.drawn[azimuth]
 
 
-def draw(avatar, azimuth, size):
+def draw(avatar, azimuth, size, refiner=None):
     """Draws one view of an avatar as it turns."""
+    if refiner is not None:
+        size = side_of(size, refiner)
     device = avatar.grid.values.device
     pose = rh.orbit_pose(azimuth, ELEVATION).to(device)
     intrinsics = rh.intrinsics_of(rh.PORTRAIT_FOV, size).to(device)
     view = frozen.render_view(avatar.field, pose, intrinsics, size, size).rgb
+    if refiner is not None:
+        view = refiner.refine(view)
     return (view * 255).round().byte().cpu().numpy()
 
 

@@ -103,6 +103,7 @@ class Config:
     base_aware: tuple = (128,)  # plane heights with 3D-aware convolution
     head_width: int = 64  # of an attention head
     roll_out: Switch = 1  # 0: planes are channels, without 3D-aware convolution (Rodin, Table 2)
+    autoencoder: Switch = 0  # 1: no noise, the baseline of Rodin's Table 1 (autoencoder.py)
     base_schedule: Literal['cosine', 'sigmoid', 'linear'] = 'cosine'
     base_timesteps: int = 1000
     base_steps: int = 500000
@@ -152,6 +153,16 @@ class Config:
     text_batch: int = 96
     text_lr: float = 4e-5
 
+    # Rodin's convolutional refiner (refiner.py); its network and training are not described
+    refiner_scale: Literal[2, 4] = 2
+    refiner_width: int = 64
+    refiner_blocks: int = 16
+    refiner_patch: int = 256  # pixels a side of what a training step refines to
+    refiner_perceptual: float = 0.1  # weight of that loss, beside the absolute difference
+    refiner_steps: int = 100000
+    refiner_batch: int = 16
+    refiner_lr: float = 1e-4
+
     # Not in the papers, from here to the end (NOT_IN_THE_PAPERS): all off in `paper`;
     # docs/details.md says what each is good for
     augment: Switch = 0  # portraits in training are disturbed, as photographs are
@@ -198,7 +209,8 @@ LARGEST = dict(
     latent_width=8192, latent_drop=1, clip_width=1024, clip_batch=2**16, prior_layers=256,
     prior_width=2**16, prior_timesteps=10**5, prior_batch=2**16, text_batch=2**16,
     condition_drop=1, ema=1, planes_final_lr=1, decoder_final_lr=1, final_lr=1, rescale=1,
-    patch_front=1, base_views=2**16,
+    patch_front=1, base_views=2**16, refiner_width=1024, refiner_blocks=256, refiner_patch=4096,
+    refiner_batch=2**16,
 )
 LARGEST_OF_OTHERS = 10**9
 LONGEST = 8  # of a tuple
@@ -212,6 +224,8 @@ BRIEFLY = dict(
     base_aligned=1, mirror=1, base_predict='x_start', identity_start=1, clip_grad=1.0,
     likeness_steps=40,
     prior_layers=6, prior_width=128, prior_steps=1500, prior_lr=2e-3, text_steps=2500, text_lr=2e-3,
+    refiner_width=32, refiner_blocks=5, refiner_patch=64, refiner_batch=4, refiner_steps=1500,
+    refiner_lr=1e-3,
 )
 PRESETS = {
     'paper': {},
@@ -378,6 +392,11 @@ def check_config(config):
         )
     if config.portrait % 64:  # y3, an eighth of it, is cut into 8 x 8 patches
         raise ValueError(f'portrait {config.portrait} must divide by 64')
+    if config.refiner_patch % config.refiner_scale:
+        raise ValueError(
+            f'refiner_patch {config.refiner_patch} must divide by '
+            f'refiner_scale {config.refiner_scale}'
+        )
     if config.base_aligned and not config.roll_out:
         raise ValueError('base_aligned lays the portrait onto a plane, which roll_out=0 has not')
     if config.grid % 8:

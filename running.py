@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import autoencoder
 import endings
 import provenance
+import refiner
 import rodin
 import rodinhd as rh
 import shortcuts
@@ -526,7 +528,7 @@ def differing(settings, saved):
 MODELS = {  # kind: what makes it of a Config, and which command trains it
     'decoder': (rh.Decoder, 'python fit.py --decoder'),
     'vae': (rh.portrait_encoder, 'python train.py --stage vae'),
-    'base': (shortcuts.base_network, 'python train.py --stage base'),
+    'base': (autoencoder.base_network, 'python train.py --stage base'),
     'upsample': (shortcuts.upsample_network, 'python train.py --stage upsample'),
 }
 LATENTS = {  # the same of what Rodin has besides, which may or may not have been trained
@@ -534,7 +536,8 @@ LATENTS = {  # the same of what Rodin has besides, which may or may not have bee
     'prior': (rodin.prior_network, 'python train.py --stage prior'),
     'text': (rodin.text_network, 'python train.py --stage text'),
 }
-MAKERS = {**MODELS, **LATENTS}
+REFINER = {'refiner': (refiner.Refiner, 'python train.py --stage refiner')}
+MAKERS = {**MODELS, **LATENTS, **REFINER}
 
 
 def build(kind, config):
@@ -613,6 +616,16 @@ def load_model(kind, folder, device):
     model.fingerprint = provenance.fingerprint(model)
     model.settings = content.get('settings')  # of the command that made it
     return model.requires_grad_(False).eval().to(device)
+
+
+def load_refiner(runs, device):
+    """The refiner of `runs`, else the one that ships, of weights/; stops where there is neither."""
+    shipped = Path(__file__).parent / 'weights'
+    for folder in (Path(runs), shipped):
+        if (folder / 'refiner.pt').exists():
+            return load_model('refiner', folder, device)
+    rh.stop(f'no refiner.pt in {runs} or {shipped}; train one with '
+            'python train.py --stage refiner, or leave out --refiner')
 
 
 def load_models(runs='runs', fits='fits', device='cpu'):

@@ -51,6 +51,7 @@ import likeness
 import meshes
 import photo
 import pictures
+import refiner
 import rodin
 import rodinhd as rh
 import running
@@ -593,6 +594,9 @@ def main(args):
     models = running.load_models(args.runs, args.fits, device)
     config = models['upsample'].config
     check_steps(args, config)
+    if args.refiner:
+        models['refiner'] = running.load_refiner(args.runs, device)
+        refiner.side_of(args.size, models['refiner'])
     if args.refine is None:
         args.refine = models['base'].config.likeness_steps
 
@@ -652,14 +656,15 @@ def make(args, models, paths, folder, made_with, written):
     # Pictures first, which take the least time, and the turntable last.
     decoder = models['decoder']
     avatars = [pictures.avatar_of(planes, decoder, config) for planes in sampled.planes]
-    turns = [pictures.Turn(avatar, args.size, args.tag) for avatar in avatars]
+    refines = models.get('refiner')
+    turns = [pictures.Turn(avatar, args.size, args.tag, refines) for avatar in avatars]
     portraits = pictures.pil_images(sampled.images)
     if args.interpolate:
         written += pictures.write_strip(folder, turns)
     else:
         written += pictures.write_grid(folder, turns, portraits)
     if strips:
-        written += write_edits(folder, strips, decoder, config, args)
+        written += write_edits(folder, strips, decoder, config, args, refines)
     written += write_models_view(folder, portraits)
     written += write_planes(folder, sampled, config, made_with, args)
     shapes = write_shapes(folder, avatars, args, written)
@@ -671,12 +676,12 @@ def make(args, models, paths, folder, made_with, written):
         written += write(folder, turns, args.frames, bar)
 
 
-def write_edits(folder, strips, decoder, config, args):
+def write_edits(folder, strips, decoder, config, args, refines):
     """Writes the strips (lists of planes) of --edit."""
     rows = []
     for strip in strips:
         avatars = [pictures.avatar_of(planes, decoder, config) for planes in strip]
-        rows.append([pictures.Turn(avatar, args.size, args.tag) for avatar in avatars])
+        rows.append([pictures.Turn(avatar, args.size, args.tag, refines) for avatar in avatars])
     return pictures.write_edits(folder, rows)
 
 
@@ -763,6 +768,9 @@ def parse(argv=None):
 
     drawn = p.add_argument_group('pictures')
     drawn.add_argument('--size', type=int, default=256, help='pixels a side of a rendered view')
+    drawn.add_argument('--refiner', action='store_true',
+                       help="pass each view through Rodin's refiner (see refiner.py): sharper, "
+                            'but views then differ a little from one another')
     drawn.add_argument('--frames', type=int, default=36, help='frames of the turntable')
     drawn.add_argument('--tag', action=argparse.BooleanOptionalAction, default=True,
                        help='say in a corner, and in the metadata, that pictures and films are '

@@ -36,12 +36,13 @@ import batches
 import frozen
 import latents
 import provenance
+import refiner
 import rodinhd as rh
 import running
 import scenes
 import words
 
-STAGES = ('vae', 'base', 'upsample', 'clip', 'prior', 'text', 'lora')
+STAGES = ('vae', 'base', 'upsample', 'clip', 'prior', 'text', 'refiner', 'lora')
 VIEW_STEPS = 64  # of a ray through low-resolution planes, beside views of so many ...
 VIEW_SIDE = 32  # ... pixels a side
 
@@ -280,6 +281,71 @@ def prepare_diffusion(args, config, device):
     return Stage(data, draw, network, loss, picture)
 
 
+# Rodin's refiner (refiner.py)
+def refiner_loss(network, batch, distance, weight):
+    """How far refined patches are from true ones: absolute differences, and those of features.
+
+    batch: of refiner.random_pair. Pixels that are masked count as right.
+    """
+    ours = network(batch['rendered'])
+    truth = torch.where(batch['known'], batch['truth'], ours.detach())
+    return {'l1': F.l1_loss(ours, truth), 'perceptual': weight * distance(ours, truth)}
+
+
+class PlanesAndViews(batches.Planes):
+    """Reads fitted planes of avatars, and of each a random training view, an rh.Views of one."""
+    def __getitem__(self, i):
+        file = self.read(i)
+        view = refiner.random_view(self.folder(i), (file['centre'], file['half']))
+        return {'planes': file['planes'].clone(), 'view': view, 'avatar': i}
+
+
+def prepare_refiner(args, config, device):
+    items = PlanesAndViews(args.fits, args.data, config)
+    decoder = running.load_model('decoder', args.fits, device)
+    items.check_decoder(decoder)
+    items.made_with = {'decoder': decoder.fingerprint}
+    vae = None
+    if config.perceptual == 'vae':
+        vae = running.load_model('vae', args.runs, device)
+        items.made_with['vae'] = vae.fingerprint
+    distance = perceptual(config, vae, device)
+    network = running.build('refiner', config)
+    grids = {}  # by number of the avatar, as many as fit into memory
+
+    def grid_of(avatar, field):
+        if avatar not in grids:
+            if len(grids) == 256:
+                grids.clear()
+            grids[avatar] = rh.grid_for(field, config, device)
+        return grids[avatar]
+
+    def draw(sample):
+        field = rh.PlaneField(sample['x_start'], decoder)
+        grid = grid_of(sample['avatar'], field)
+        return refiner.random_pair(field, grid, sample['view'], config, device)
+
+    def loss(network, batch):
+        return refiner_loss(network, batch, distance, config.refiner_perceptual)
+
+    def picture(network):
+        """Renders, enlarged without and with the network."""
+        size = config.portrait // network.scale
+        views = []
+        for item in six_of(items):
+            sample = batches.in_floats(batches.moved(item, device))
+            field = rh.PlaneField(sample['x_start'], decoder)
+            grid = grid_of(sample['avatar'], field)
+            camera = rh.portrait_camera(size, device)
+            rgb = rh.render_view(field, *camera, size, size, config.steps, grid).rgb
+            views.append(rgb.permute(2, 0, 1) * 2 - 1)
+        views = torch.stack(views)
+        plain = F.interpolate(views, scale_factor=network.scale, mode='bicubic')
+        return torch.cat([plain, network(views)], dim=2)
+
+    return Stage(batches.Draws(items, args.seed), draw, network, loss, picture)
+
+
 def learn_prior(network, items, config):
     """Shows a network's Prior, if it has one (shortcuts.py), at most 500 avatars."""
     prior = getattr(network, 'prior', None)
@@ -404,6 +470,7 @@ def train(args, config, rank, world, device):
         'clip': latents.prepare_clip,
         'prior': latents.prepare_latents,
         'text': latents.prepare_latents,
+        'refiner': prepare_refiner,
         'lora': words.prepare_lora,
     }
     prepare = special.get(args.stage, prepare_diffusion)

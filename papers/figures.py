@@ -38,6 +38,7 @@ import rodinhd as rh
 import running
 import scenes
 from meshes import mesh_of
+from refiner import side_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -269,19 +270,41 @@ def epipolar(args):
     """Draws a line of the image while the camera turns: what is solid draws smooth lines.
 
     The turn goes from -40 to 40 degrees. A row has three views and the stack of lines; there is one
-    more row for each of --frames, whose images, by name, are such a turn.
+    more row with --refiner, whose views are refined one by one (Rodin*), and for each of --frames,
+    whose images, by name, are such a turn. The numbers are each row's roughness.
     """
     models = load_models(args)
     planes = rh.generate(models, portrait(args, models), seed=args.seed).planes[0]
     angles = torch.linspace(-40, 40, args.size // 2).tolist()
-    turns = [[view(planes, models['decoder'], args, azimuth) for azimuth in angles]]
-    turns += [read_turn(folder, args.size) for folder in args.frames]
+    turns = {'rendered': [view(planes, models['decoder'], args, azimuth) for azimuth in angles]}
+    if args.refiner:
+        turns['refined'] = refined_turn(planes, models['decoder'], args, angles)
+    for folder in args.frames:
+        turns[folder.name] = read_turn(folder, args.size)
 
     rows = []
-    for turn in turns:
+    for turn in turns.values():
         middle = turn[len(turn) // 2]
         rows.append([turn[0], middle, turn[-1], stacked_line(turn, args.size)])
-    save_images(args, rows)
+    save_images(args, rows, {name: roughness(turn, args.size) for name, turn in turns.items()})
+
+
+def refined_turn(planes, decoder, args, angles):
+    """Renders planes from all angles by fewer pixels, and refines each view on its own."""
+    network = running.load_refiner(args.runs, args.device)
+    size = side_of(args.size, network)
+    smaller = argparse.Namespace(**{**vars(args), 'size': size})
+    views = [view(planes, decoder, smaller, azimuth) for azimuth in angles]
+    return [network.refine(image.to(args.device)).cpu() for image in views]
+
+
+def roughness(turn, size):
+    """How jagged the lines are that a turn draws: the mean squared second difference from view to
+    view, over that along the image's line, which takes out how much detail there is."""
+    lines = torch.stack([image[int(0.45 * size)] for image in turn])  # (views, size, 3)
+    from_view_to_view = torch.diff(lines, n=2, dim=0).square().mean()
+    along = torch.diff(lines, n=2, dim=1).square().mean()
+    return float(from_view_to_view / along)
 
 
 def denoising(args):
@@ -542,6 +565,7 @@ def parse(argv=None):
     add('--data', type=Path, default=Path('data'), help='views: avatars')
     add('--count', type=int, default=6, help='views: so many avatars')
     add('--downscale', type=int, default=1, help='views: average images down by this factor')
+    add('--refiner', action='store_true', help="epipolar: a row through Rodin's refiner, too")
     add('--size', type=int, default=256, help='pixels a side of a rendered view')
     add('--out', type=Path, default=Path('assets'))
     add('--seed', type=int, default=0)

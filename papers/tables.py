@@ -10,9 +10,9 @@ and runs two commands side by side. 4b, rodin2 and rodin3 begin with the planes,
 runs/vae.pt that are there.
 
 Tables are 4a (replay, weight decay, consolidation), 6 (resolution, channels), 4b (schedule,
-conditioning) of RodinHD, rodin2 (latent, roll-out, 3D-aware convolution) and rodin3 (image loss,
-condition augmentation) of Rodin. Rows without the paper's figures are what else was tried. --set
-changes settings of all rows alike; what rows share is trained once.
+conditioning) of RodinHD, regularisers (of fitting), rodin2 (latent, roll-out, 3D-aware convolution)
+and rodin3 (image loss, condition augmentation) of Rodin. Rows without the paper's figures are what
+else was tried. --set changes settings of all rows alike; what rows share is trained once.
 """
 import argparse
 import json
@@ -41,9 +41,9 @@ PAGE = ROOT / 'docs' / 'results.md'
 class Row(NamedTuple):
     """Holds what makes a row, and what the paper found.
 
-    The settings are those of fit.py over all avatars ('fit'), of fit.py for one avatar ('scene'),
-    or of both stages of train.py ('base' and 'upsample'). Names in braces are sizes, relative to
-    those of the preset: see `settings_of`.
+    The settings are those of fit.py over all avatars ('fit'), of its second stage alone ('planes'),
+    of fit.py for one avatar ('scene'), or of both stages of train.py ('base' and 'upsample'). Names
+    in braces are sizes, relative to those of the preset: see `settings_of`.
     """
     settings: dict  # {command: list of name=value}
     paper: dict  # {metric: the paper's figure}
@@ -116,6 +116,24 @@ TABLE_6 = Table(
     'Resolution and channels (RodinHD, Table 6): one avatar with a decoder of its own',
     ('PSNR',),
     rows_of_table_6(),
+)
+
+# Fits as the papers': nothing is known of where avatars are not, and rays are of all pixels.
+NO_HULL = ['hull_start=0', 'weight_empty=0', 'silhouette_rays=0']
+
+TABLE_REGULARISERS = Table(
+    'Regularisers of fitting (Rodin, appendix B.2, which gives no figures): planes under the '
+    'frozen decoder',
+    ('PSNR', 'SSIM', 'haze'),
+    {
+        'A none': Row({'planes': NO_HULL}, {}),
+        'B sparse, 1e-3': Row({'planes': [*NO_HULL, 'weight_sparse=1e-3']}, {}),
+        'C sparse, 1e-2': Row({'planes': [*NO_HULL, 'weight_sparse=1e-2']}, {}),
+        'D smooth, 1e-2': Row({'planes': [*NO_HULL, 'weight_smooth=1e-2']}, {}),
+        'E distortion, 1e-1': Row({'planes': [*NO_HULL, 'weight_distortion=1e-1']}, {}),
+        'F distortion, 1': Row({'planes': [*NO_HULL, 'weight_distortion=1']}, {}),
+        'G the visual hull in their place (ours)': Row({'planes': []}, {}),
+    },
 )
 
 GENERATED = ('PSNR', 'SSIM', 'VAE', 'FD-VAE')
@@ -194,6 +212,7 @@ TABLE_RODIN_3 = Table(
 TABLES = {
     '4a': TABLE_4A,
     '6': TABLE_6,
+    'regularisers': TABLE_REGULARISERS,
     '4b': TABLE_4B,
     'rodin2': TABLE_RODIN_2,
     'rodin3': TABLE_RODIN_3,
@@ -280,6 +299,16 @@ def fitted(args, settings, seed):
     return Cell(measured(args, folder, 'fitted', seed), [commit])
 
 
+def fitted_under(args, settings, seed):
+    """Fits planes of --test under the decoder of --fits -> Cell."""
+    folder = folder_of(args, 'planes', settings, f'seed{seed}')
+    commit = commit_of(folder)
+    link(folder / 'decoder.pt', args.fits / 'decoder.pt')
+    options = ['--fits', folder, '--seed', seed, '--downscale', args.downscale, '--held-out', 1]
+    call(args, 'fit.py', '--data', args.test, *options, *settings_of(settings, args))
+    return Cell(measured(args, folder, 'fitted', seed), [commit])
+
+
 def scene(args, settings, seed):
     """Trains a decoder for avatar number `seed` of --test alone -> Cell."""
     avatars = scenes.list_avatars(args.test)
@@ -348,6 +377,8 @@ def queue_cell(args, row, models, seed, pool):
     """Queues what makes a row, of `models` where it is generated -> future of its Cell."""
     if 'fit' in row.settings:
         return pool.submit(fitted, args, row.settings['fit'], seed)
+    if 'planes' in row.settings:
+        return pool.submit(fitted_under, args, row.settings['planes'], seed)
     if 'scene' in row.settings:
         return pool.submit(scene, args, row.settings['scene'], seed)
     both = [models[stage, *settings] for stage, settings in row.settings.items()]

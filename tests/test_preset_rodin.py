@@ -1,14 +1,18 @@
 """Preset `rodin`: its sizes, and what of it RodinHD does not have: a decoder of four layers, one
 layer that goes up, patches of the face, heights that are there."""
 import itertools
+import json
 
 import pytest
 import torch
 
 import batches
 import export
+import fit
 import rodinhd as rh
+import running
 import scenes
+import train
 
 # rodin, made small: an eighth of its planes, with as many levels at the same ratios
 SHRUNKEN = (
@@ -18,8 +22,11 @@ SHRUNKEN = (
     'base_width=8', 'base_blocks=1', 'base_attention=4,2,1', 'base_aware=8', 'head_width=8',
     'base_steps=3', 'base_batch=2', 'up_width=8', 'up_blocks=1', 'up_head_width=8', 'up_steps=3',
     'up_batch=2', 'patch=14', 'patches=1', 'patch_grid_updates=2', 'perceptual=vae',
-    'sample_steps=1',
+    'sample_steps=1', 'latent_width=8', 'clip_width=8', 'clip_steps=3', 'clip_batch=4',
+    'prior_layers=2', 'prior_width=16', 'prior_steps=3', 'text_steps=3', 'refiner_width=8',
+    'refiner_blocks=1', 'refiner_patch=16', 'refiner_steps=3', 'refiner_batch=2',
 )
+STAGES = ('vae', 'clip', 'base', 'upsample', 'prior', 'text', 'refiner')
 
 
 def parameters(network):
@@ -90,6 +97,30 @@ def test_rodin_attends_and_convolves_where_the_paper_says():
     )
     base(torch.empty(1, 3, 32, 64, 64, device='meta'), torch.zeros(1, device='meta'), portrait)
     assert heights == {'Attention': {8, 16, 32}, 'AwareConv': {64}}
+
+
+# Training -----------------------------------------------------------------------------------------
+def test_every_stage_of_rodin_trains(tmp_path, monkeypatch, data):
+    """At a shrunken copy of it, three steps each; then an avatar of nobody is sampled."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data').symlink_to(data)
+    how = ['--preset', 'rodin', '--set', *SHRUNKEN]
+    fit.main(fit.parse(['--decoder', *how]))
+    fit.main(fit.parse(how))
+    log = json.loads((tmp_path / 'fits/decoder.jsonl').read_text().splitlines()[-1])
+    assert {'rgb', 'sparse', 'smooth', 'distortion'} <= log.keys()
+    assert 'iwc' not in log
+    for stage in STAGES:
+        train.main(train.parse(['--stage', stage, *how]))
+        assert running.load_model(stage, 'runs', 'cpu').config.preset == 'rodin'
+        last = json.loads((tmp_path / f'runs/{stage}.jsonl').read_text().splitlines()[-1])
+        assert last['step'] == 2
+
+    models = running.load_models()
+    assert models['decoder'].config.decoder_layers == 4
+    planes = rh.generate(models, 1).planes
+    assert planes.shape == (1, 3, 8, 32, 32)
+    assert planes.isfinite().all()
 
 
 # Heights ------------------------------------------------------------------------------------------

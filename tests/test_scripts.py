@@ -114,6 +114,7 @@ def walk(tmp_path_factory, data):
         train_briefly('vae', 'vae_steps=4')
         train_briefly('base', 'base_steps=4')
         train_briefly('upsample', 'up_steps=4')
+        train_briefly('refiner', 'refiner_steps=3')
 
         frames = '--frames', 2, '--size', 32
         run(sample, '--unconditional', '--count', 2, *frames)
@@ -122,8 +123,9 @@ def walk(tmp_path_factory, data):
 
         run(evaluate, '--views', 2, '--disturb', 'data', '--guidance', 1, 2, '--refine', 0)
         rows = '--rows', 'fitted', 'generated', 'sampled', 'nearest'
-        run(evaluate, '--count', 1, '--views', 1, '--refine', 3, *rows, '--name', 'one')
-        run(evaluate, '--consistency', 1, '--refine', 3, '--images', 'other=data')
+        one = '--name', 'one', '--refiner'
+        run(evaluate, '--count', 1, '--views', 1, '--refine', 3, *rows, *one)
+        run(evaluate, '--consistency', 1, '--refine', 3, '--images', 'other=data', '--refiner')
         run(evaluate, '--unconditional', 2)
         run(figures, 'forgetting')
     return folder
@@ -152,16 +154,17 @@ def test_the_walk_fits(walk):
         ('vae', {'l1', 'edges', 'thumb', 'kl'}),
         ('base', {'mse', 'vlb'}),
         ('upsample', {'mse', 'pixel', 'perceptual'}),
+        ('refiner', {'l1', 'perceptual'}),
     ],
 )
 def test_the_walk_trains(walk, stage, terms):
     endings = ('.pt', '-state.pt', '.jsonl', '.png')
-    stages = ('vae', 'base', 'upsample')
+    stages = ('vae', 'base', 'upsample', 'refiner')
     expected = {f'{name}{ending}' for name in stages for ending in endings}
     assert names_in(walk / 'runs') == expected | {'.lock'}
 
     last = json.loads((walk / f'runs/{stage}.jsonl').read_text().splitlines()[-1])
-    assert last['step'] == 3
+    assert last['step'] == (2 if stage == 'refiner' else 3)
     assert terms < last.keys()
 
 
@@ -197,14 +200,15 @@ def test_the_walk_evaluates(walk):
 
     # Of one view there is no Frechet distance
     one = measured(walk, 'one')['mean']
-    assert one.keys() == {'fitted', 'generated', 'sampled', 'nearest'}
+    rows = {'fitted', 'generated', 'sampled'}
+    assert one.keys() == {*rows, *(f'{row}, refined' for row in rows), 'nearest'}
     assert 'FD-VAE' not in one['fitted']
 
 
 def test_the_walk_measures_consistency_and_avatars_of_nobody(walk):
     agree = measured(walk, 'consistency')
     assert agree['avatars'].keys() == {'avatar_0000'}
-    assert agree['mean'].keys() == {'planes', 'surface', 'sharpened', 'other'}
+    assert agree['mean'].keys() == {'planes', 'surface', 'refined', 'other'}
     assert {'PSNR', 'SSIM'} <= agree['mean']['surface'].keys()
 
     nobody = measured(walk, 'unconditional')
