@@ -63,5 +63,5 @@ def test_encoder_and_network_learn_together(network):
 @pytest.mark.parametrize('settings', [('base_predict=noise', 'tokens=none'), ('tokens=multi',)])
 def test_what_makes_no_sense_with_it_ends_in_one_line(settings):
     config = rh.make_config('tiny', ['autoencoder=1', *settings])
-    with pytest.raises(SystemExit, match='autoencoder=1 needs base_predict=x_start and tokens='):
+    with pytest.raises(rh.Stop, match='autoencoder=1 needs base_predict=x_start and tokens='):
         running.build('base', config)

@@ -75,10 +75,10 @@ def test_masked_pixels_and_what_lies_beyond_a_small_view_are_not_known():
 def test_what_does_not_go_ends_in_one_line(tmp_path, monkeypatch):
     network = refiner.Refiner(rh.make_config('tiny'))
     assert refiner.side_of(64, network) == 32
-    with pytest.raises(SystemExit, match='a size of 65 pixels does not divide by that'):
+    with pytest.raises(rh.Stop, match='a size of 65 pixels does not divide by that'):
         refiner.side_of(65, network)
     monkeypatch.setattr(running, '__file__', str(tmp_path / 'running.py'))
-    with pytest.raises(SystemExit, match=r'no refiner.pt in .* --stage refiner'):
+    with pytest.raises(rh.Stop, match=r'no refiner.pt in .* --stage refiner'):
         running.load_refiner(tmp_path, 'cpu')
-    with pytest.raises(SystemExit, match='refiner_patch 63 must divide by refiner_scale 2'):
+    with pytest.raises(rh.Stop, match='refiner_patch 63 must divide by refiner_scale 2'):
         rh.make_config('tiny', ['refiner_patch=63'])
