@@ -348,6 +348,17 @@ def find_person(front, usual, image, alpha):
     return Found(cutout, torch.ones_like(alpha), place)
 
 
+def gone_on(image, known):
+    """An image (3, P, P) that goes on, where `known` (1, P, P) is not 1, as it is in the nearest
+    pixel where it is: so training cuts portraits off (batches.cut_off)."""
+    beyond = (known[0] <= 0.99).cpu().numpy()
+    if beyond.all() or not beyond.any():
+        return image
+    _, nearest = ndimage.distance_transform_edt(beyond, return_indices=True)
+    rows, columns = torch.from_numpy(nearest).to(image.device)
+    return image[:, rows.long(), columns.long()]
+
+
 @torch.autocast('cpu', enabled=False)
 @torch.autocast('cuda', enabled=False)
 def straighten_one(view, opacity, usual, image, alpha, known=None):
@@ -361,13 +372,14 @@ def straighten_one(view, opacity, usual, image, alpha, known=None):
     if person.max() < 0.5:  # nobody is there
         believed = torch.zeros_like(person)
 
-    # Beyond the portrait's edge nothing is known: it goes on as it was there, as training has it.
+    # Beyond the portrait's edge nothing is known: there the picture goes on as it was at the edge.
     if found.place is not None:
         white = move(white[None], *found.place)[0]
         layers = torch.stack([person, believed, known])
         person, believed, known = (
             move(layer[None], *found.place, padding='zeros')[0] for layer in layers
         )
+    white = gone_on(white, known)
     return Seen(white * 2 - 1, person, believed * (known > 0.99))
 
 
@@ -401,7 +413,7 @@ def straighten(models, images, alpha=None, known=None, **how):
         mean = rh.resize_planes(prior.mean[0], decoder.config.resolution)
         return front_view(mean, decoder, P).opacity
 
-    shown = images
+    shown = torch.stack([gone_on(*one) for one in zip(images, known)])
     for _ in range(2):
         avatars = rh.generate(models, shown, quick=True, **how)
         parts = []

@@ -341,3 +341,17 @@ def test_sampling_goes_towards_what_the_portrait_shows(tiny):
 
     unknown = seen._replace(known=torch.zeros(1, 1, 64, 64))
     assert torch.equal(likeness.towards(unknown, decoder)(planes), planes)
+
+
+def test_what_is_beyond_the_edge_is_shown_as_training_shows_it():
+    """It goes on as in the nearest pixel that is known: what batches.cut_off does."""
+    torch.manual_seed(0)
+    image = torch.rand(3, 32, 32)
+    known = torch.zeros(1, 32, 32)
+    known[:, 2:20, 4:30] = 1
+    rows = torch.arange(32).clamp(2, 19)
+    columns = torch.arange(32).clamp(4, 29)
+    assert torch.equal(likeness.gone_on(image, known), image[:, rows][:, :, columns])
+    for everywhere in (0, 1):
+        same = torch.full((1, 32, 32), float(everywhere))
+        assert torch.equal(likeness.gone_on(image, same), image)
