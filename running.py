@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import autoencoder
@@ -567,6 +568,39 @@ def write_model(path, kind, config, state, step, **more):
     write_checkpoint(path, kind, content)
 
 
+BLOCK = 64  # values that share a step
+
+
+def packed(state):
+    """Weights in 8 bits: blocks of 64 values, whole numbers of -127 ... 127 times a step of their
+    own (fp16) -> those, and {name: steps}. What has less than 1024 values stays as it is."""
+    weights = {}
+    steps = {}
+    for name, x in state.items():
+        if x.numel() < 1024:
+            weights[name] = x
+            continue
+        blocks = F.pad(x.float().flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+        step = (blocks.abs().amax(1) / 127).half()
+        whole = (blocks / step.float().clamp(min=1e-12)[:, None]).round().clamp(-127, 127)
+        weights[name] = whole.to(torch.int8).flatten()[:x.numel()].view(x.shape)
+        steps[name] = step
+    return weights, steps
+
+
+def unpacked(weights, steps):
+    """The weights that `packed` was given, as nearly as 8 bits tell; ValueError where steps are
+    not of these weights."""
+    state = dict(weights)
+    for name, step in steps.items():
+        x = weights[name]
+        if x.dtype != torch.int8 or step.shape != (-(-x.numel() // BLOCK),):
+            raise ValueError(f'the steps of {name} are of other weights')
+        each = step.float().repeat_interleave(BLOCK)[:x.numel()]
+        state[name] = each.view(x.shape) * x
+    return state
+
+
 WITHOUT_LAYERS = {'base_aligned': 0}  # where a checkpoint is older than the setting
 
 
@@ -605,9 +639,10 @@ def load_model(kind, folder, device):
     content = read_checkpoint(path, kind, made_by)
     with reading(path, f'make it again with {made_by}'):
         config = config_of(content['config'])
-        check_sizes(kind, config, content['model'])
+        state = unpacked(content['model'], content.get('steps', {}))
+        check_sizes(kind, config, state)
         model = make(config)
-        model.load_state_dict(content['model'])
+        model.load_state_dict(state)
         if not all(x.isfinite().all() for x in model.state_dict().values()):
             raise ValueError('it holds NaN or infinite values')
     model.config = config

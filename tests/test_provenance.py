@@ -26,6 +26,7 @@ import rodinhd as rh
 import running
 import sample
 import scenes
+import ship
 import train
 
 NO_TRAINING = ['fit_steps=2', 'base_steps=2', 'base_batch=2', 'inner=2', 'outer=1', 'fit_avatars=2']
@@ -538,3 +539,33 @@ def test_some_of_what_torchrun_sets_is_no_torchrun(monkeypatch):
         assert not running.under_torchrun()
     monkeypatch.setenv('MASTER_PORT', '1')
     assert running.under_torchrun()
+
+
+def test_models_that_ship_are_packed(tmp_path, capsys):
+    """In a little more than half of the bytes, and each value to half a step of its block."""
+    config = rh.make_config('tiny')
+    network = running.build('base', config)
+    torch.manual_seed(0)
+    for p in network.parameters():
+        torch.nn.init.normal_(p)
+    folder = tmp_path / 'runs'
+    folder.mkdir()
+    running.write_model(folder / 'base.pt', 'base', config, network.state_dict(), 3)
+    ship.main(ship.parse([str(folder / 'base.pt'), '--out', str(tmp_path)]))
+    assert 'base.pt: ' in capsys.readouterr().out
+    assert (tmp_path / 'base.pt').stat().st_size < 0.6 * (folder / 'base.pt').stat().st_size
+
+    plain = running.load_model('base', folder, 'cpu').state_dict()
+    again = running.load_model('base', tmp_path, 'cpu').state_dict()
+    for name, x in plain.items():
+        if x.numel() < 1024:
+            assert torch.equal(again[name], x)
+        else:  # half a step, which is a 127th of the largest value of a block, and fp16's error
+            assert (again[name] - x).abs().max() <= x.abs().max() * (0.5 / 127 + 1e-3)
+
+    refused(lambda: ship.pack(tmp_path / 'base.pt', folder), 'is packed already')
+    content = torch.load(tmp_path / 'base.pt', weights_only=True)
+    name = next(iter(content['steps']))
+    content['steps'][name] = content['steps'][name][:-1]
+    running.write_checkpoint(tmp_path / 'base.pt', 'base', content)
+    refused(lambda: running.load_model('base', tmp_path, 'cpu'), f'the steps of {name}')
