@@ -11,8 +11,10 @@ runs/vae.pt that are there.
 
 Tables are 4a (replay, weight decay, consolidation), 6 (resolution, channels), 4b (schedule,
 conditioning) of RodinHD, regularisers (of fitting), rodin2 (latent, roll-out, 3D-aware convolution)
-and rodin3 (image loss, condition augmentation) of Rodin. Rows without the paper's figures are what
-else was tried. --set changes settings of all rows alike; what rows share is trained once.
+and rodin3 (image loss, condition augmentation) of Rodin. rodinhd1, rodinhd2, rodinhd3, rodin1,
+rodin2z and rodin4 compare with Rodin itself; they need runs/clip.pt, prior.pt and a refiner, too
+(docs/measuring.md). Rows without the paper's figures are what else was tried. --set changes
+settings of all rows alike; what rows share is trained once.
 """
 import argparse
 import json
@@ -43,10 +45,12 @@ class Row(NamedTuple):
 
     The settings are those of fit.py over all avatars ('fit'), of its second stage alone ('planes'),
     of fit.py for one avatar ('scene'), or of both stages of train.py ('base' and 'upsample'). Names
-    in braces are sizes, relative to those of the preset: see `settings_of`.
+    in braces are sizes, relative to those of the preset or of runs/clip.pt: see `settings_of`.
     """
     settings: dict  # {command: list of name=value}
     paper: dict  # {metric: the paper's figure}
+    measure: str = 'generated'  # the row of evaluate.py, in any of its modes, that is measured
+    how: tuple = ()  # what evaluate.py is told besides
 
 
 class Table(NamedTuple):
@@ -209,6 +213,119 @@ TABLE_RODIN_3 = Table(
     },
 )
 
+# Rodin, on planes of the preset's size: CLIP's vector alone, linear schedules.
+RODIN = {
+    'base': ['tokens=none', 'condition_drop=1', 'latent_width={latent}', 'base_schedule=linear'],
+    'upsample': ['tokens=none', 'condition_drop=1', 'up_schedule=linear'],
+}
+RODINHD = {'base': [], 'upsample': []}
+
+TABLE_RODINHD_1 = Table(
+    'Generation beside Rodin (RodinHD, Tables 1 and 7); Rodin* is with its refiner',
+    GENERATED,
+    {
+        'A Rodin': Row(
+            RODIN,
+            {'FID': 33.20, 'LPIPS': 0.323, 'SSIM': 0.758, 'PSNR': 18.28},
+            'latent',
+        ),
+        'B Rodin*': Row(RODIN, {'FID': 20.51, 'PSNR': 17.31}, 'latent, refined', ('--refiner',)),
+        'C RodinHD': Row(
+            RODINHD, {'FID': 26.49, 'LPIPS': 0.299, 'SSIM': 0.765, 'PSNR': 20.33},
+        ),
+    },
+)
+
+TABLE_RODINHD_2 = Table(
+    'Avatars of nobody (RodinHD, Table 2): Rodin by its prior of vectors',
+    ('FD-VAE', 'sample_to_sample'),
+    {
+        'A Rodin': Row(RODIN, {'FID': 45.70}, how=('--unconditional', 64)),
+        'B Rodin, the null condition': Row(RODIN, {}, how=('--unconditional', 64, '--null')),
+        'C RodinHD': Row(RODINHD, {'FID': 32.62}, how=('--unconditional', 64)),
+    },
+)
+
+TABLE_RODINHD_3 = Table(
+    'A surface fitted to renders of generated avatars (RodinHD, Table 3)',
+    ('PSNR', 'SSIM', 'VAE'),
+    {
+        'A refined, as Rodin* is': Row(
+            RODINHD,
+            {'PSNR': 31.73, 'LPIPS': 0.051, 'SSIM': 0.973},
+            'refined',
+            ('--consistency', 6, '--refiner'),
+        ),
+        'B rendered': Row(
+            RODINHD,
+            {'PSNR': 35.46, 'LPIPS': 0.041, 'SSIM': 0.975},
+            'surface',
+            ('--consistency', 6, '--refiner'),
+        ),
+    },
+)
+
+TABLE_RODIN_1 = Table(
+    'The auto-encoder (Rodin, Table 1, which is of avatars of nobody; here they are of portraits)',
+    GENERATED,
+    {
+        'A auto-encoder': Row(
+            {
+                'base': ['tokens=none', 'autoencoder=1', 'base_predict=x_start'],
+                'upsample': RODIN['upsample'],
+            },
+            {'FID': 67.4},
+        ),
+        'B Rodin': Row(RODIN, {'FID': 26.1}, 'latent'),
+    },
+)
+
+# Table 2 of Rodin again, with CLIP's vector in place of what is pooled of the VAE's latent.
+VECTOR = ['tokens=none', 'condition_drop=1', 'latent_width={latent}']
+ALONE = [*PLAIN, 'condition_drop=1']
+
+TABLE_RODIN_2Z = Table(
+    "Base model, of CLIP's vector (Rodin, Table 2)",
+    GENERATED,
+    {
+        'A planes as channels, no portrait': Row(
+            {'base': ['tokens=none', 'condition_drop=1', 'roll_out=0'], 'upsample': ALONE},
+            {'FID': 39.2},
+        ),
+        'B + latent conditioning': Row(
+            {'base': [*VECTOR, 'roll_out=0'], 'upsample': ALONE}, {'FID': 37.4}, 'latent',
+        ),
+        'C + roll-out': Row(
+            {'base': [*VECTOR, 'base_aware=0'], 'upsample': ALONE}, {'FID': 28.4}, 'latent',
+        ),
+        'D + 3D-aware convolution': Row(
+            {'base': VECTOR, 'upsample': ['tokens=none', 'condition_drop=1']},
+            {'FID': 26.1},
+            'latent',
+        ),
+    },
+)
+
+
+def rows_of_rodin_4():
+    """Makes the rows of Rodin's Table 4: one pair of models, with more and more guidance."""
+    paper = {
+        '1': (24.06, 0.795, 0.128),
+        '1.2': (24.21, 0.794, 0.121),
+        '1.5': (24.07, 0.792, 0.133),
+        '3': (24.05, 0.782, 0.141),
+        '6': (24.15, 0.775, 0.146),
+    }
+    rows = {}
+    for letter, (guidance, figures) in zip('ABCDE', paper.items()):
+        name = f'{letter} guidance {guidance}' if guidance != '1' else 'A no guidance'
+        found = dict(zip(('PSNR', 'SSIM', 'LPIPS'), figures))
+        rows[name] = Row(RODIN, found, 'latent', ('--guidance', guidance))
+    return rows
+
+
+TABLE_RODIN_4 = Table('Guidance (Rodin, Table 4)', GENERATED, rows_of_rodin_4())
+
 TABLES = {
     '4a': TABLE_4A,
     '6': TABLE_6,
@@ -216,6 +333,12 @@ TABLES = {
     '4b': TABLE_4B,
     'rodin2': TABLE_RODIN_2,
     'rodin3': TABLE_RODIN_3,
+    'rodinhd1': TABLE_RODINHD_1,
+    'rodinhd2': TABLE_RODINHD_2,
+    'rodinhd3': TABLE_RODINHD_3,
+    'rodin1': TABLE_RODIN_1,
+    'rodin2z': TABLE_RODIN_2Z,
+    'rodin4': TABLE_RODIN_4,
 }
 
 
@@ -248,11 +371,19 @@ def settings_of(settings, args):
         'full': config.resolution,
         'triple': 3 * config.inner,
         'total': config.inner * config.outer,
+        'latent': width_of_clip(args) or config.latent_width or 96,
     }
     changed = [*args.set, *(setting.format(**sizes) for setting in settings)]
     if not changed:
         return ['--preset', args.preset]
     return ['--preset', args.preset, '--set', *changed]
+
+
+def width_of_clip(args):
+    """Returns how many values the vectors of --runs/clip.pt have; 0 where there is none."""
+    if not (args.runs / 'clip.pt').exists():
+        return 0
+    return running.load_model('clip', args.runs, 'cpu').config.latent_width
 
 
 def folder_of(args, stage, settings, last):
@@ -322,11 +453,21 @@ def scene(args, settings, seed):
     return Cell({'PSNR': found['psnr'][avatar.name]}, [commit])
 
 
+ENCODERS = ('vae.pt', 'clip.pt', 'clip', 'prior.pt', 'refiner.pt')
+
+
+def link_encoders(folder, args):
+    """Puts into a folder what all rows share of --runs, as far as it is there."""
+    for name in ENCODERS:
+        if name == 'vae.pt' or (args.runs / name).exists():
+            link(folder / name, args.runs / name)
+
+
 def trained(args, stage, settings, seed):
     """Trains a stage of train.py on --fits and runs/vae.pt -> Trained."""
     runs = folder_of(args, stage, settings, f'seed{seed}')
     commit = commit_of(runs)
-    link(runs / 'vae.pt', args.runs / 'vae.pt')
+    link_encoders(runs, args)
     options = ['--data', args.data, '--fits', args.fits, '--runs', runs, '--seed', seed]
     if args.bf16:
         options.append('--bf16')
@@ -335,27 +476,41 @@ def trained(args, stage, settings, seed):
     return Trained(runs / f'{stage}.pt', commit)
 
 
-def generated(args, models, seed):
-    """Generates avatars of --test with two models, futures of base and upsample -> Cell."""
+def generated(args, row, models, seed):
+    """Measures a Row of two models, futures of base and upsample, for avatars of --test -> Cell."""
     base, upsample = (future.result() for future in models)
     folder = args.work / f'both-{base.path.parent.name}-{upsample.path.parent.name}'
     commits = [base.commit, upsample.commit, commit_of(folder)]
-    for path in (base.path, upsample.path, args.runs / 'vae.pt', args.fits / 'decoder.pt'):
+    link_encoders(folder, args)
+    for path in (base.path, upsample.path, args.fits / 'decoder.pt'):
         link(folder / path.name, path)
-    return Cell(measured(args, folder, 'generated', seed), commits)
+    if '--unconditional' in row.how:  # the training avatars' planes are asked for, too
+        for path in args.fits.glob('*.pt'):
+            link(folder / path.name, path)
+    return Cell(measured(args, folder, row.measure, seed, row.how), commits)
 
 
-def measured(args, folder, row, seed):
-    """Measures a row of evaluate.py for avatars of --test and what lies in folder.
+def measured(args, folder, row, seed, how=()):
+    """Measures a row of evaluate.py, which is told `how`, for avatars of --test and what lies in
+    folder.
 
     Avatars are as the papers' models generate them, not fitted to the portrait.
     """
-    path = folder / f'{args.test.resolve().name}.json'
+    name = '_'.join([args.test.resolve().name, *(str(x).strip('-') for x in how)])
+    path = folder / f'{name}.json'
+    unconditional = '--unconditional' in how
+    if unconditional:
+        how = [*how, '--train', args.data]
+    elif '--consistency' in how:
+        how = [*how, '--refine', 0]
+    else:
+        how = [*how, '--refine', 0, '--rows', row.partition(',')[0]]
     if not path.exists():
         options = ['--data', args.test, '--fits', folder, '--runs', folder, '--out', folder]
-        options += ['--name', path.stem, '--downscale', args.downscale, '--seed', seed]
-        call(args, 'evaluate.py', *options, '--refine', 0, '--rows', row)
-    return json.loads(path.read_text())['mean'][row]
+        options += ['--name', name, '--downscale', args.downscale, '--seed', seed]
+        call(args, 'evaluate.py', *options, *how)
+    found = json.loads(path.read_text())
+    return found if unconditional else found['mean'][row]
 
 
 # A whole table ------------------------------------------------------------------------------------
@@ -382,7 +537,7 @@ def queue_cell(args, row, models, seed, pool):
     if 'scene' in row.settings:
         return pool.submit(scene, args, row.settings['scene'], seed)
     both = [models[stage, *settings] for stage, settings in row.settings.items()]
-    return pool.submit(generated, args, both, seed)
+    return pool.submit(generated, args, row, both, seed)
 
 
 def queue_table(args, rows, pool):
