@@ -596,11 +596,21 @@ def write_weights(args, config, network, ema, step, made_with):
         running.write_model(path, args.stage, config, ema.shadow, step, made_with=made_with)
 
 
+def of_init(args):
+    """What a base network takes over from the one of --init that it begins with, where --set does
+    not say otherwise: that it is given vectors, and how often it is given nothing."""
+    if args.stage != 'base' or not args.init:
+        return []
+    trained = running.load_model('base', args.init, 'cpu').config
+    names = ('latent_width', 'latent_drop', 'condition_drop')
+    return [f'{name}={getattr(trained, name)}' for name in names]
+
+
 def main(args):
     if args.stage == 'lora':
         config = words.make_settings(args.sd, args.set)
     else:
-        config = rh.make_config(args.preset, args.set)
+        config = rh.make_config(args.preset, [*of_init(args), *args.set])
     rank, world, device = running.start(args.device, args.seed, args.patience)
     if args.stage == 'vae' and (args.vae or config.vae_steps == 0):  # nothing to train
         if args.vae:

@@ -475,3 +475,20 @@ def test_what_is_no_published_clip_is_refused(published, tmp_path):
     save_file(weights, published / 'model.safetensors', metadata={'format': 'pt'})
     with pytest.raises(rh.Stop, match=r'missing_keys.*visual_projection'):
         rodin.load_published(published)
+
+
+def test_training_on_takes_vectors_where_the_shipped_network_does(tmp_path):
+    """With --init; --set has the last word."""
+    config = rh.make_config('tiny', ['latent_width=16', 'latent_drop=0.5'])
+    network = running.build('base', config)
+    running.write_model(tmp_path / 'base.pt', 'base', config, network.state_dict(), 0)
+    command = ['--stage', 'base', '--preset', 'tiny', '--init', str(tmp_path)]
+
+    def settings(*more):
+        args = train.parse([*command, *more])
+        return rh.make_config(args.preset, [*train.of_init(args), *args.set])
+
+    assert settings().latent_width == 16
+    assert settings().latent_drop == 0.5
+    assert settings('--set', 'latent_width=0').latent_width == 0
+    assert train.of_init(train.parse(['--stage', 'upsample', '--init', str(tmp_path)])) == []
