@@ -508,16 +508,15 @@ def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
         steps = 0
 
     # What is empty in the sample stays so: there shall be no fog where there was none.
-    sampled = rh.grid_for(rh.PlaneField(planes, decoder), config, device)
-    empty = sampled.values <= rh.EMPTY
+    grid = rh.grid_for(rh.PlaneField(planes, decoder), config, device)
+    empty = grid.values <= rh.EMPTY
 
     corrections = new_corrections(planes)
     optimizer = torch.optim.Adam(corrections, betas=(0.9, 0.99))
     for step in range(steps):
         field = rh.PlaneField(corrected(planes, corrections), decoder)
-        if step % GRID_EVERY == 0:
-            with torch.no_grad():
-                grid = rh.grid_for(field, config, device)
+        if step and step % GRID_EVERY == 0:
+            grid = rh.grid_for(field, config, device)
 
         # On random grounds: on white, what should be empty may turn white.
         pick = shown[torch.randint(len(shown), (RAYS,), generator=generator).to(device)]

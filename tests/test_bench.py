@@ -29,12 +29,13 @@ def test_every_part_gives_a_row(measuring, tiny, data):
     avatar = bench.fitted(args, tiny, decoder, measuring.device)
     bench.bench_lookup(measuring, 4, 16, N=200)
     bench.bench_rendering(measuring, avatar, size=48)
+    bench.bench_finished(measuring, avatar, size=48)
     bench.bench_rays(measuring, avatar, 32)
     bench.bench_fitting(measuring, avatar)
     bench.bench_convolution(measuring, 8, c=8)
     bench.bench_training(measuring, tiny, 'upsample', [2])
     rows = measuring.rows
-    assert len(rows) == 2 + 3 + 4 + 1 + 1 + 1
+    assert len(rows) == 2 + 1 + 2 + 4 + 1 + 1 + 1
     for row in rows:
         assert row['rate'] > 0
         assert row['ratio'] > 0
