@@ -450,7 +450,7 @@ def fitted_to_photographs(folder, models, box, args):
 
     decoder = models['decoder']
     steps = models['base'].config.likeness_steps
-    seen, _ = likeness.straighten(models, portrait, alpha[None], seed=args.seed)
+    seen = likeness.straighten(models, portrait, alpha[None], seed=args.seed)
     sampled = rh.generate(models, seen.images, seed=args.seed).planes[0]
     seen = likeness.Seen(*(x[0] for x in seen))
 
