@@ -1,8 +1,8 @@
-"""Finished avatars, drawn in a quarter of the time that rodinhd.render_view takes.
+"""Finished avatars, drawn in about a third of the time that rodinhd.render_view takes.
 
 A field that does not change any more is prepared once, a Frozen, and `render_view` draws it from
 any side. The picture is that of rh.render_view: the same samples of the same lattice, and the same
-numbers but for rounding. (256 x 256 pixels of `small` on one core of a Xeon: see docs/speed.md.)
+numbers but for rounding. docs/speed.md has the figures.
 
 What is done otherwise, and why that is faster:
 
