@@ -86,6 +86,11 @@ class Clip(nn.Module):
     def device(self):
         return self.facts.device
 
+    @property
+    def scale(self):
+        """Of the logits that CLIP was trained with."""
+        return self.log_scale.exp().clamp(max=100)
+
     def knows(self, fact):
         """Whether training has seen a fact, a pair of factor and value."""
         return bool(self.facts[captions.NUMBERS[fact]].any())
@@ -94,7 +99,7 @@ class Clip(nn.Module):
         """z of portraits, of the same portraits seen otherwise, and of facts; and the scale of
         logits."""
         both = self.encode_images(torch.cat([images, others])).chunk(2)
-        return *both, self.encode_facts(rows), self.log_scale.exp().clamp(max=100)
+        return *both, self.encode_facts(rows), self.scale
 
 
 def clip_encoder(config):
@@ -222,37 +227,60 @@ def draw_latents(network, count=1, words=None, guidance=1.0, seed=0, steps=STEPS
     return diffusion.sample(network, draw, condition, null, guidance, steps).flatten(1)
 
 
-CANDIDATES = 32  # vectors that are drawn of a sentence, of which one is taken
+# Facts that CLIP sees -----------------------------------------------------------------------------
+def odds_of(clip, z, factor):
+    """What CLIP takes vectors (B, D) for: {value of a factor: log probability (B,)}, among the
+    values that it knows."""
+    known = [value for value in captions.VOCABULARY[factor] if clip.knows((factor, value))]
+    rows = torch.stack([captions.as_vector({factor: value}) for value in known])
+    logits = clip.scale * z @ clip.encode_facts(rows).T / z.shape[1]
+    return dict(zip(known, logits.log_softmax(1).T))
 
 
-def vectors_of(models, facts, count=1, guidance=2.0, seed=0):
-    """z (count, D) of facts, by the networks `clip` and `text`.
-
-    Of 32 draws each is the one that agrees best with the words, as DALL-E 2 picks of two.
-    """
-    clip = models['clip']
-    words = clip.encode_facts(captions.as_vector(facts)[None])
+def factors_known(clip):
+    """The factors of which CLIP knows two values or more."""
     found = []
-    for i in range(count):
-        z = draw_latents(models['text'], CANDIDATES, words, guidance, (seed + i) * CANDIDATES)
-        found.append(z[(z @ words[0]).argmax()])
-    return torch.stack(found)
+    for factor, values in captions.VOCABULARY.items():
+        if sum(clip.knows((factor, value)) for value in values) > 1:
+            found.append(factor)
+    return found
 
 
-# Edits --------------------------------------------------------------------------------------------
 def facts_seen(clip, z):
     """What CLIP takes a portrait's z (D,) for: of each factor that it knows the likeliest value."""
     facts = {}
-    for factor, values in captions.VOCABULARY.items():
-        known = [value for value in values if clip.knows((factor, value))]
-        if len(known) > 1:
-            rows = torch.stack([captions.as_vector({factor: value}) for value in known])
-            facts[factor] = known[int((clip.encode_facts(rows) @ z).argmax())]
+    for factor in factors_known(clip):
+        odds = odds_of(clip, z[None], factor)
+        facts[factor] = max(odds, key=odds.get)
     if facts.get('length') == 'bald':
         facts.pop('hair', None)
     return facts
 
 
+# Words --------------------------------------------------------------------------------------------
+CANDIDATES = 64  # vectors that are drawn of a sentence, of which one is taken
+
+
+def vectors_of(models, facts, count=1, guidance=1.5, seed=0):
+    """z (count, D) of facts, by the networks `clip` and `text`.
+
+    Of 64 draws each is the one in which CLIP sees these facts most surely, as DALL-E 2 picks of
+    two.
+    """
+    clip = models['clip']
+    words = clip.encode_facts(captions.as_vector(facts)[None])
+    factors = [factor for factor in factors_known(clip) if factor in facts]
+    found = []
+    for i in range(count):
+        z = draw_latents(models['text'], CANDIDATES, words, guidance, (seed + i) * CANDIDATES)
+        sure = z @ words[0] / z.shape[1]
+        for factor in factors:
+            sure = sure + odds_of(clip, z, factor).get(facts[factor], 0)
+        found.append(z[sure.argmax()])
+    return torch.stack(found)
+
+
+# Edits --------------------------------------------------------------------------------------------
 def with_facts(facts, changes):
     """Facts after changes to them: who becomes bald has no colour of hair, and new clothes have
     no shade but their own."""
@@ -296,6 +324,11 @@ class PublishedClip(nn.Module):
     @property
     def device(self):
         return self.model.logit_scale.device
+
+    @property
+    def scale(self):
+        """Of the logits that CLIP was trained with."""
+        return self.model.logit_scale.exp()
 
     def encode_images(self, images):
         """Portraits (B, 3, P, P) in [-1, 1], on white, as z (B, D)."""
