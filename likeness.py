@@ -433,6 +433,8 @@ def straighten(models, images, alpha=None, known=None, **how):
 # are planes of several resolutions, so that the coarse ones, which reach what no pixel shows,
 # are found as fast as the fine ones.
 LEVELS = (16, 8, 4, 2, 1)  # corrections are planes of R/16 ... R texels a side
+COARSE = 16  # texels a side: what is finer is corrected on the plane that the front shows
+XZ = rh.AXES.index((0, 2))
 RAYS = 2048  # a step
 LEARNING_RATE = 1e-2  # it falls to a tenth
 POINTS = 4096  # of each step, that must stay empty
@@ -440,21 +442,32 @@ WEIGHT_EMPTY = 0.1  # of the log density there
 GRID_EVERY = 10  # steps
 
 
-def new_corrections(planes, levels=LEVELS):
-    """Zeros (3, C, r, r) for each level of planes (3, C, R, R), to be optimised."""
-    R = planes.shape[-1]
-    sides = [max(R // level, 2) for level in levels]
-    return [
-        torch.zeros(*planes.shape[:2], r, r, device=planes.device, requires_grad=True)
-        for r in sides
-    ]
+def new_corrections(planes, levels=LEVELS, front_alone=True):
+    """Zeros (3, C, r, r) for each level of planes (3, C, R, R), to be optimised.
+
+    Where the front alone is known, those of more than COARSE texels a side are (1, C, r, r), of the
+    xz plane: texels of the others would leave rows and columns of streaks, which show from aside.
+    """
+    C, R = planes.shape[1:3]
+    corrections = []
+    for level in levels:
+        r = max(R // level, 2)
+        count = 1 if front_alone and r > COARSE else len(planes)
+        correction = torch.zeros(count, C, r, r, device=planes.device, requires_grad=True)
+        corrections.append(correction)
+    return corrections
 
 
 def corrected(planes, corrections):
     """Planes (3, C, R, R) with the corrections of all levels added, in [-1, 1]."""
-    R = planes.shape[-1]
-    total = sum(rh.resize_planes(correction, R) for correction in corrections)
-    return (planes + total).clamp(-1, 1)
+    total = planes
+    for correction in corrections:
+        enlarged = rh.resize_planes(correction, planes.shape[-1])
+        if len(correction) == 1:
+            beside = (XZ, len(planes) - 1 - XZ)  # the planes before and after it
+            enlarged = F.pad(enlarged, (0, 0, 0, 0, 0, 0, *beside))
+        total = total + enlarged
+    return total.clamp(-1, 1)
 
 
 def fog_in(field, empty, generator):
@@ -511,7 +524,7 @@ def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
     grid = rh.grid_for(rh.PlaneField(planes, decoder), config, device)
     empty = grid.values <= rh.EMPTY
 
-    corrections = new_corrections(planes)
+    corrections = new_corrections(planes, front_alone=not views)
     optimizer = torch.optim.Adam(corrections, betas=(0.9, 0.99))
     for step in range(steps):
         field = rh.PlaneField(corrected(planes, corrections), decoder)
