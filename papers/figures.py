@@ -6,6 +6,7 @@
     python -m papers.figures schedules                            noise schedules (Fig. 6)
     python -m papers.figures epipolar --portrait x.png            a moving camera (Figs. 9 and 16)
     python -m papers.figures resolution --fits r32 r64 r128       planes of other sizes (Fig. 14)
+    python -m papers.figures scaling --fits without with          planes reduced (Rodin, Fig. 3)
     python -m papers.figures denoising --portrait x.png           step by step (Fig. 15)
     python -m papers.figures neighbours --portrait x.png          nearest avatars (Rodin, Fig. 17)
     python -m papers.figures meshes --fits fits                   volumes and meshes
@@ -219,6 +220,23 @@ def resolution(args):
     for azimuth in (0, 50):
         rows.append([view(planes, decoder, args, azimuth) for planes, decoder in avatars])
     save_images(args, rows)
+
+
+def scaling(args):
+    """Draws the first avatar of each folder (a row) by its planes, and by these reduced to the
+    decoder's low resolution (Rodin, Fig. 3).
+
+    Folders with and without rescale show whether planes survive it. The numbers are the PSNR of the
+    second beside the first.
+    """
+    rows, numbers = [], {}
+    for folder in args.fits:
+        planes, decoder = first_fitted(folder, args)
+        low = rh.resize_planes(planes, decoder.config.base_resolution)
+        row = [view(x, decoder, args) for x in (planes, low)]
+        rows.append(row)
+        numbers[folder.name] = rh.psnr(*row)
+    save_images(args, rows, numbers)
 
 
 # Figures about generation -------------------------------------------------------------------------
@@ -536,6 +554,7 @@ FIGURES = {
     'schedules': schedules,
     'epipolar': epipolar,
     'resolution': resolution,
+    'scaling': scaling,
     'denoising': denoising,
     'neighbours': neighbours,
     'meshes': meshes,
