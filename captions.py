@@ -40,8 +40,10 @@ SHADES = {
 }
 VOCABULARY = {
     'sex': {
-        'woman': 'woman female girl lady women she her',
-        'man': 'man male boy guy gentleman men he his fellow dude',
+        'woman': 'woman female girl lady women she her businesswoman mother grandmother wife '
+                 'daughter sister aunt queen princess actress waitress mom grandma',
+        'man': 'man male boy guy gentleman men he his fellow dude businessman father grandfather '
+               'husband son brother uncle king prince actor waiter dad grandpa',
     },
     'group': {
         'asian': 'asian chinese japanese korean',
@@ -62,7 +64,7 @@ VOCABULARY = {
         'bald': 'bald hairless shaved shaven bald-headed',
         'short': 'short-haired buzzcut buzz-cut crewcut crew-cut pixie short cropped',
         'chin-length': 'chin-length bob medium-length bun tied tied-back',
-        'long': 'long-haired long shoulder-length ponytail flowing',
+        'long': 'long-haired long shoulder-length ponytail flowing braids dreadlocks',
         'big': 'curly curls afro curly-haired frizzy wavy voluminous big',
     },
     'hair': {
@@ -83,8 +85,10 @@ VOCABULARY = {
         'suit': 'suit blazer tie businessman businesswoman tuxedo business formal necktie',
         'camouflage': 'camouflage camo military soldier army fatigues camouflage-uniform combat',
         'scrubs': 'scrubs doctor nurse medical surgeon surgical lab-coat',
-        'workwear': 'workwear overshirt worker work-shirt utility mechanic denim jacket workman',
-        'shirt': 'shirt t-shirt tee tshirt polo blouse casual sweater jumper top pullover',
+        'workwear': 'workwear overshirt worker work-shirt utility mechanic denim jacket workman '
+                    'overalls dungarees',
+        'shirt': 'shirt t-shirt tee tshirt polo blouse casual sweater jumper top pullover '
+                 'turtleneck',
     },
     'expression': {
         'neutral': 'neutral serious calm expressionless',
@@ -125,23 +129,28 @@ LONGEST = 400  # letters of a sentence
 
 # What colours and other adjectives are about, and words that say nothing here.
 NOUNS = {
-    'hair': 'hair hairstyle haircut locks',
+    'hair': 'hair haired hairstyle haircut locks curls afro ponytail bob bun pixie braids '
+            'dreadlocks buzzcut crewcut',
     'skin': 'skin complexion face skinned',
-    'eyes': 'eyes eye',
+    'eyes': 'eyes eye eyed',
     'beard': 'beard moustache mustache goatee',
     'clothes': 'clothes clothing dress outfit shirt t-shirt tee tshirt polo blouse sweater jumper '
                'top suit blazer jacket scrubs coat lab-coat uniform workwear overshirt hoodie '
-               'work-shirt pullover tuxedo cardigan camouflage-uniform fatigues costume garment',
+               'work-shirt pullover tuxedo cardigan camouflage-uniform fatigues costume garment '
+               'overalls dungarees turtleneck sari jeans vest robe tunic kimono gown skirt '
+               'waistcoat',
     'person': 'woman man girl boy lady guy gentleman person people adult male female someone '
               'women men fellow dude businessman businesswoman soldier doctor nurse worker '
-              'surgeon mechanic workman',
+              'surgeon mechanic workman mother grandmother wife daughter sister aunt queen '
+              'princess actress waitress mom grandma father grandfather husband son brother uncle '
+              'king prince actor waiter dad grandpa',
     'accessory': 'glasses sunglasses spectacles eyeglasses tie necktie',
 }
 SAYS_NOTHING = (
     'a an the of with and in on who is has having wears wearing dressed that are looks looking '
     'portrait photo picture image avatar it to very quite really some there this expression '
     'please make me i want show as at by for from but also plus which was be like colour color '
-    'coloured colored head young adult front facing camera its their one render'
+    'coloured colored head young adult front facing camera its their one render whose'
 )
 NEGATIONS = ('no', 'without', 'not')
 
@@ -224,6 +233,7 @@ class Reader:
         self.last = None  # the kind of noun that came last
         self.dressed = False  # 'in' or 'wearing' came last
         self.negated = False
+        self.stray = False  # a noun that says nothing came after the adjectives
 
     def read(self, word):
         """Takes the next word."""
@@ -237,6 +247,7 @@ class Reader:
             self.waiting.append(word)
         elif word not in SAYS_NOTHING.split():
             self.unknown.append(word)
+            self.stray = bool(self.waiting)
 
     def pause(self, word):
         """Adjectives that are left belong to what came before, or to clothes after 'in'."""
@@ -280,7 +291,10 @@ class Reader:
             self.facts['beard'] = 'none'
 
     def bind(self, kind):
-        """Says what the waiting adjectives mean of a kind of noun."""
+        """Says what the waiting adjectives mean of a kind of noun; what is unknown is worn."""
+        if self.stray and kind == self.last:
+            kind = 'clothes'
+        self.stray = False
         for word in self.waiting:
             colour = COLOUR_OF.get(word)
             shade = SHADE_OF.get(word)

@@ -44,6 +44,10 @@ def config():
     ('lady in red', 'sex woman, clothes red'),
     ('fair skin, dark hair', 'skin pale, hair black'),
     ('a white-haired T-shirt', 'hair white, outfit shirt'),
+    ('light brown skin, black curls, purple top, female',
+     'skin brown, hair black, length big, clothes purple, outfit shirt, sex woman'),
+    ('a woman whose hair is long and brown, dressed in pink',
+     'sex woman, length long, hair brown, clothes pink'),
     ('silver hair, navy blazer', 'hair grey, clothes blue, shade dark, outfit suit'),
 ])
 def test_what_sentences_say(text, facts):
@@ -57,11 +61,17 @@ def test_what_sentences_say(text, facts):
     ('a short woman', ['short']),  # it is not her hair
     ('a man with a red beard', ['red']),
     ('a man with a blue tie', ['blue']),
+    ('long hair and a turquoise frobnicate', ['frobnicate']),  # it is worn
     ('xyzzy', ['xyzzy']),
     ('', []),
 ])
 def test_words_that_say_nothing_are_named(text, unknown):
     assert captions.understand(text).unknown == unknown
+
+
+def test_a_colour_of_something_unknown_is_not_that_of_hair():
+    facts = captions.understand('long black hair and a turquoise frobnicate').facts
+    assert facts == {'length': 'long', 'hair': 'black', 'clothes': 'turquoise'}
 
 
 def test_captions_say_what_they_are_made_of():
