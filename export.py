@@ -5,6 +5,7 @@ file that draws an avatar in a browser.
 (Meshes and splats are made in meshes.py and splats.py.)
 """
 import base64
+import html
 import io
 import json
 from pathlib import Path
@@ -270,3 +271,10 @@ def write_viewer(
     page = page.replace('const DATA = null;', f'const DATA = {text};')
     with running.atomic(path) as temporary:
         temporary.write_text(page, encoding='utf-8')
+
+
+def embedded(path):
+    """A viewer as an element of another page, in HTML."""
+    page = html.escape(path.read_text(encoding='utf-8'))
+    style = 'width:100%;height:460px;border:0'
+    return f'<iframe title="An avatar to turn" style="{style}" srcdoc="{page}"></iframe>'

@@ -18,6 +18,7 @@ Images are in [-1, 1] in portraits and in Seen, and in 0..1 wherever else they a
 """
 import functools
 import importlib.util
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -628,7 +629,8 @@ def nearer(planes, target, decoder, generator):
 # fitted to the portrait already, tells the rest: where the person is in it, and the exact angles.
 TURNS = (-10, -5, 0, 5, 10)  # degrees around the azimuth that was given
 HEIGHTS = (-10, -5, 0, 5, 10)  # elevations, degrees
-POSE_SIDE = 48  # pixels a side of the pictures that are compared
+FINER = (2, 1)  # degrees
+POSE_SIDE = 64  # pixels a side of the pictures that are compared
 MORE_STEPS = 1.0  # steps for each further photograph, in steps of the first
 
 
@@ -642,7 +644,7 @@ class Photograph(NamedTuple):
 
 def refined_angles(field, cutout, azimuth):
     """Finds the azimuth, near one that is known, and the elevation from which a Frozen looks most
-    like a Cutout."""
+    like a Cutout: in steps of five degrees, then of two and of one."""
     image, alpha = (
         F.interpolate(x[None], size=POSE_SIDE, mode='area') for x in (cutout.image, cutout.alpha)
     )
@@ -652,7 +654,14 @@ def refined_angles(field, cutout, azimuth):
         black = view - (1 - opacity)
         return float(cost_on_white(black[None], opacity[None], image, alpha))
 
-    return min(((azimuth + turn, height) for turn in TURNS for height in HEIGHTS), key=cost)
+    def best(turns, heights):
+        return min(itertools.product(turns, heights), key=cost)
+
+    around, height = best([azimuth + turn for turn in TURNS], HEIGHTS)
+    for step in FINER:
+        near = (-step, 0, step)
+        around, height = best([around + x for x in near], [height + x for x in near])
+    return around, height
 
 
 @torch.no_grad()
@@ -690,13 +699,21 @@ def steps_for(steps, photographs):
 
 
 def avatars_of(
-    models, images, refine_steps=None, alpha=None, known=None, photographs=(), **how
+    models,
+    images,
+    refine_steps=None,
+    alpha=None,
+    known=None,
+    photographs=(),
+    report=None,
+    **how,
 ):
     """Makes planes (B, 3, C, R, R) of portraits: straightened, sampled and fitted in
     `refine_steps` steps (default: the models' likeness_steps), or for 0 steps only sampled.
 
     images (B, 3, P, P) are in [-1, 1], on white where they have alpha (B, 1, P, P) below 1; known:
-    see straighten. photographs: further ones of the person of one portrait. how: see rh.generate.
+    see straighten. photographs: further ones of the person of one portrait. report: of each step of
+    fitting, see fit_to_portrait. how: see rh.generate.
     """
     if photographs and len(images) != 1:
         raise ValueError(f'further photographs are of one portrait, not of {len(images)}')
@@ -712,7 +729,7 @@ def avatars_of(
     if photographs:
         one = Seen(*(x[0] for x in seen))
         fitted, _ = fit_to_photographs(
-            planes[0], one, photographs, models['decoder'], refine_steps, seed
+            planes[0], one, photographs, models['decoder'], refine_steps, seed, report
         )
         return fitted[None]
-    return fit_to_portrait(planes, seen, models['decoder'], refine_steps, seed)
+    return fit_to_portrait(planes, seen, models['decoder'], refine_steps, seed, report)

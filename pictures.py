@@ -32,6 +32,11 @@ def avatar_of(planes, decoder, config):
     return Avatar(field, field.grid)
 
 
+def turn_of(planes, decoder, size=256, tag=True):
+    """The Turn of planes (3, C, R, R)."""
+    return Turn(avatar_of(planes, decoder, decoder.config), size, tag)
+
+
 # Views --------------------------------------------------------------------------------------------
 class Turn:
     """The views of an avatar from all around, each of which is drawn once; with `tag` each says

@@ -218,6 +218,27 @@ class Bar(tqdm):
         super().set_postfix(ordered_dict, refresh and self.live, **values)
 
 
+class Count:
+    """Tells of the steps of loops, as tell((done, total), desc=what), to a page for instance."""
+
+    def __init__(self, tell, what, total=0):
+        self.tell = tell
+        self.what = what
+        self.total = total
+        self.done = 0
+
+    def steps(self, items):
+        """Yields the items of a loop."""
+        for k, item in enumerate(items):
+            self.tell((k, len(items)), desc=self.what)
+            yield item
+
+    def update(self, *_):
+        """Counts one step of a loop of `total`."""
+        self.done += 1
+        self.tell((min(self.done, self.total), self.total), desc=self.what)
+
+
 # Files --------------------------------------------------------------------------------------------
 def first_line(error, most=100):
     """What an error says, in one line of at most so many letters."""

@@ -303,7 +303,7 @@ def test_avatars_are_fitted_as_long_as_the_model_says(tiny, portrait, monkeypatc
     seen = likeness.Seen(portrait[None], *torch.ones(2, 1, 1, 64, 64))
     steps = []
 
-    def fit(planes, seen, decoder, count, seed):
+    def fit(planes, seen, decoder, count, seed, report):
         steps.append(count)
         return planes + 1
 
