@@ -24,7 +24,7 @@ def make(models, paths, sentence, align, tell):
     names of `page`. tell((done, total), desc=what) hears of the work."""
     folder = Path(tempfile.mkdtemp(prefix='rodinhd-'))
     config, decoder = models['base'].config, models['decoder']
-    if not paths:
+    if not paths:  # a sentence
         paths = [folder / 'prompt.png']
         export.save_image(paths[0], words.portrait_of(sentence), tag=True)
     crops, turns, files = [], [], []
@@ -33,23 +33,20 @@ def make(models, paths, sentence, align, tell):
         images = scenes.portrait_on_white(rgb, alpha)[None]
         crops += pictures.pil_images(images)
         yield {'crop': crops}
-        loops = running.Count(tell, 'sampling')
-        fitting = running.Count(tell, 'fitting to the portrait', config.likeness_steps)
         planes = likeness.avatars_of(
-            models, images, alpha=alpha[None], progress=loops.steps, report=fitting.update
-        )
+            models, images, alpha=alpha[None], progress=running.Count(tell, 'sampling').steps,
+            report=running.Count(tell, 'fitting', config.likeness_steps).update)
         turns.append(pictures.turn_of(planes[0], decoder))
         names = pictures.write_grid(folder, turns, crops)
         names += pictures.write_viewers(folder, turns, crops, 12)
-        shown = ''.join(export.embedded(folder / name) for name in names[1:])
-        yield {'picture': str(folder / 'grid.png'), 'viewer': shown}
-        avatar = turns[k].avatar
-        mesh = meshes.mesh_of(*avatar, triangles=meshes.TRIANGLES, texture=meshes.TEXTURE)
+        pages = [export.embedded(folder / name) for name in names[1:]]
+        yield {'picture': str(folder / 'grid.png'), 'viewer': ''.join(pages)}
+        mesh = meshes.mesh_of(*turns[k].avatar, triangles=10000, texture=meshes.TEXTURE)
         files += meshes.write_mesh(folder / f'avatar{k}.glb', mesh)
-        files += splats.write_splats(folder / f'splats{k}.ply', splats.splats_of(*avatar))
+        files += splats.write_splats(folder / f'splats{k}.ply', splats.splats_of(*turns[k].avatar))
     names += pictures.write_turntable(folder, turns, 36, running.Count(tell, 'turning', 36))
     files += [folder / name for name in names]
-    yield {'turning': str(folder / 'turntable.webp'), 'files': [str(path) for path in files]}
+    yield {'turning': str(folder / 'turntable.webp'), 'files': [*map(str, files)]}
 
 
 def page(models):
@@ -66,7 +63,6 @@ def page(models):
                   'picture': gr.Image(label='The avatar', format='png'), 'viewer': gr.HTML(),
                   'turning': gr.Image(label='It turns, and is synthetic'),
                   'files': gr.File(label='To download', file_count='multiple')}
-
         def work(paths, sentence, align, progress=gr.Progress()):  # noqa: B008
             try:
                 for found in make(models, paths, sentence, align, progress):

@@ -8,6 +8,7 @@ from PIL import Image
 
 import app
 import meshes
+import pictures
 import rodinhd as rh
 import running
 
@@ -43,6 +44,8 @@ def url(models, monkeypatch):
         return [path]
 
     monkeypatch.setattr(meshes, 'write_mesh', write_mesh)
+    turn_of = pictures.turn_of
+    monkeypatch.setattr(pictures, 'turn_of', lambda *args: turn_of(*args, size=32))
     blocks = app.page(models)
     _, address, _ = blocks.launch(server_name='127.0.0.1', prevent_thread_lock=True, quiet=True)
     yield address
@@ -69,12 +72,13 @@ def test_a_photograph_becomes_an_avatar(url, tmp_path):
         page.locator('input[type=file]').first.set_input_files(tmp_path / 'me.png')
         page.get_by_text('me.png').first.wait_for()
         page.get_by_role('button', name='Make avatars').click()
-        page.get_by_text('turntable.webp').first.wait_for(timeout=PATIENCE)
+        file_named = 'a[download="{}"]'.format
+        page.locator(file_named('turntable.webp')).first.wait_for(timeout=PATIENCE)
         for name in ('avatar0.glb', 'splats0.ply', 'grid.png', 'viewer.html', 'turntable.gif'):
-            assert page.get_by_text(name).count(), name
+            assert page.locator(file_named(name)).count(), name
         assert page.locator('iframe[title="An avatar to turn"]').count() == 1
         with page.expect_download() as download:
-            page.locator('a[download="avatar0.glb"]').first.click()
+            page.locator(file_named('avatar0.glb')).first.click()
         assert download.value.path().read_bytes() == b'glTF'
         browser.close()
 
