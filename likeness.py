@@ -630,6 +630,7 @@ def nearer(planes, target, decoder, generator):
 TURNS = (-10, -5, 0, 5, 10)  # degrees around the azimuth that was given
 HEIGHTS = (-10, -5, 0, 5, 10)  # elevations, degrees
 FINER = (2, 1)  # degrees
+LIKELY_TURN = 15  # degrees: the avatar's sides are guessed, and so somebody's word counts, too
 POSE_SIDE = 64  # pixels a side of the pictures that are compared
 MORE_STEPS = 1.0  # steps for each further photograph, in steps of the first
 
@@ -652,7 +653,8 @@ def refined_angles(field, cutout, azimuth):
     def cost(angles):
         view, opacity = view_from(field, angles, POSE_SIDE)
         black = view - (1 - opacity)
-        return float(cost_on_white(black[None], opacity[None], image, alpha))
+        cost = float(cost_on_white(black[None], opacity[None], image, alpha))
+        return cost * (1 + ((angles[0] - azimuth) / LIKELY_TURN) ** 2)
 
     def best(turns, heights):
         return min(itertools.product(turns, heights), key=cost)

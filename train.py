@@ -12,8 +12,10 @@ instead of training. `--stage lora` tunes Stable Diffusion on portraits with cap
 words.py) and writes runs/lora.safetensors.
 
 Reads data/ and fits/. Writes runs/<stage>.pt (EMA weights, fp16), <stage>-state.pt (the same
-command goes on after an interruption), <stage>.jsonl (a line a logged step) and <stage>.png. A run
-that was interrupted gives the same bits as one that was not, and any number of ranks does the same
+command goes on after an interruption), <stage>.jsonl (a line a logged step: loss, learning rate,
+norm of the gradient, seconds a step, and at each save the loss on fixed noise) and a picture at
+each save, <stage>-<steps>.png. `python -m papers.figures curves` draws the logs. A run that was
+interrupted gives the same bits as one that was not, and any number of ranks does the same
 mathematics (see batches.py).
 """
 import argparse
@@ -40,6 +42,7 @@ import refiner
 import rodinhd as rh
 import running
 import scenes
+import watching
 import words
 
 STAGES = ('vae', 'base', 'upsample', 'clip', 'prior', 'text', 'refiner', 'lora')
@@ -474,7 +477,8 @@ def train(args, config, rank, world, device):
         'lora': words.prepare_lora,
     }
     prepare = special.get(args.stage, prepare_diffusion)
-    data, draw, network, loss_of, picture = prepare(args, config, device)
+    stage = prepare(args, config, device)
+    data, draw, network, loss_of, picture = stage
     made_with = data.items.made_with
     if made_with:
         made_with['fitted planes'] = provenance.of_files(list(data.items.paths()))
@@ -504,6 +508,10 @@ def train(args, config, rank, world, device):
     model, alone = running.parallel(network, device)
     parts, weight = batches.shares(batch, rank, world, args.micro_batch)
     indices = batches.indices(len(data.items), batch, begin, steps, args.seed, parts)
+    fixed = None
+    if rank == 0:
+        fixed = watching.fixed_of(stage, prepare, args, config, device, len(parts[0]))
+        lines = watching.Log(log, begin, args.tensorboard)
     samples = iter(loader_of(data, indices, args.workers, device))
     todo = range(begin, steps)
     bar = running.Bar(todo, initial=begin, total=steps, disable=rank > 0, desc=args.stage)
@@ -535,16 +543,22 @@ def train(args, config, rank, world, device):
             ema.update(network)
 
         last = step == steps - 1
-        if step % max(args.log_every, 1) == 0 or last:
+        saves = (step + 1) % max(args.save_every, 1) == 0 or last
+        if step % max(args.log_every, 1) == 0 or saves:
             values = over_ranks(total)
             if finite.skipped:
                 values['skipped'] = finite.skipped
             bar.set_postfix(values)
+            values['lr'] = optimizer.param_groups[0]['lr']
+            values['norm'] = watching.finite_or_none(norm)
+            if rank == 0 and saves:
+                with watching.averaged(network, ema):
+                    on_fixed = watching.loss_on(fixed, network, loss_of, device)
+                values[fixed.name] = watching.finite_or_none(on_fixed)
             if rank == 0:
-                with open(log, 'a') as file:
-                    file.write(json.dumps({'step': step, **values}) + '\n')
+                lines.write(step, values)
 
-        if rank == 0 and ((step + 1) % max(args.save_every, 1) == 0 or last):
+        if rank == 0 and saves:
             running.synchronise(log)
             write_weights(args, config, network, ema, step + 1, made_with)
             running.write_checkpoint(state_path, state_path.stem, {
@@ -562,7 +576,13 @@ def train(args, config, rank, world, device):
                 trained = ema.shadow
                 if args.stage != 'lora':
                     trained = running.load_model(args.stage, args.runs, device)
-                write_picture(args.runs / f'{args.stage}.png', picture(trained))
+                path = watching.picture_path(args.runs, args.stage, step + 1)
+                write_picture(path, picture(trained))
+    if rank == 0:
+        suffix = '.safetensors' if args.stage == 'lora' else '.pt'
+        weights = args.runs / f'{args.stage}{suffix}'
+        pictures = watching.picture_path(args.runs, args.stage, steps)
+        watching.last_line(args, steps, [weights, log, pictures])
     dist.barrier()
 
 
@@ -625,11 +645,13 @@ def main(args):
     path = args.runs / f'{args.stage}.pt'
     claimed = contextlib.nullcontext(True)
     if rank == 0:
-        names = ('-state.pt', '.jsonl', '.png', '.safetensors')
+        names = ('-state.pt', '.jsonl', '.safetensors')
         claimed = running.claim(path, *(args.runs / f'{args.stage}{name}' for name in names))
     with claimed as mine:
         if not mine:
             rh.stop(f'{path}: another process is training it')
+        if rank == 0:
+            watching.remove_half_pictures(args.runs, args.stage)
         if rank == 0 and args.stage != 'lora':
             running.print_departures(config)
         train(args, config, rank, world, device)
@@ -663,6 +685,11 @@ def parse(argv=None):
     p.add_argument('--log-every', type=int, default=20, help='steps between log lines')
     p.add_argument('--save-every', type=int, default=500,
                    help='steps between checkpoints and pictures')
+    p.add_argument('--held-out', type=Path, metavar='DATA',
+                   help='avatars that are not trained on, with planes in --fits: their loss on '
+                        'fixed noise is logged at each save (default: that of a few of --data)')
+    p.add_argument('--tensorboard', action='store_true',
+                   help='log for TensorBoard, too, into <runs>/tensorboard/<stage>')
     p.add_argument('--patience', type=float, default=4, metavar='MINUTES',
                    help='the job ends where a rank keeps the others waiting for longer; give more '
                         'where a checkpoint takes as long to write')

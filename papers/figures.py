@@ -10,6 +10,7 @@
     python -m papers.figures denoising --portrait x.png           step by step (Fig. 15)
     python -m papers.figures neighbours --portrait x.png          nearest avatars (Rodin, Fig. 17)
     python -m papers.figures meshes --fits fits                   volumes and meshes
+    python -m papers.figures curves --runs runs                   losses while the stages train
     python -m papers.figures views --data test                    one photograph, and several
 
 Figures are RodinHD's where nothing else is said; views writes results/views.json, too. --fits are
@@ -38,6 +39,7 @@ import likeness
 import rodinhd as rh
 import running
 import scenes
+import watching
 from meshes import mesh_of
 from refiner import side_of
 
@@ -427,6 +429,39 @@ def meshes(args):
     save_images(args, rows, numbers)
 
 
+# Training -----------------------------------------------------------------------------------------
+def smooth(values, share=0.02):
+    """Values (n,) as running means over a share of them, so that a noisy loss shows its course."""
+    width = max(1, int(share * len(values)))
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode='edge')
+    return np.convolve(padded, np.ones(width) / width, mode='valid')
+
+
+def curves(args):
+    """Draws the logs of all stages in --runs: the losses, and those on fixed noise."""
+    logs = {path.stem: watching.lines_of(path) for path in sorted(args.runs.glob('*.jsonl'))}
+    if not any(logs.values()):
+        rh.stop(f'{args.runs}: holds no log of train.py')
+    beside = {'step', 'seconds', 'lr', 'norm', 'skipped', 'fixed', 'held_out'}
+    figure, plot = axes('step', 'loss')
+    numbers = {}
+    for stage, lines in logs.items():
+        steps = [line['step'] for line in lines]
+        losses = [sum(x for name, x in line.items() if name not in beside) for line in lines]
+        drawn, = plot.plot(steps, smooth(losses), label=stage)
+        for name, style in (('fixed', 'o'), ('held_out', 's')):
+            at = [line for line in lines if line.get(name) is not None]
+            values = [line[name] for line in at]
+            label = f'{stage}, {"held out" if name == "held_out" else "on fixed noise"}'
+            if at:
+                marks = {'marker': style, 'color': drawn.get_color(), 'label': label}
+                plot.plot([line['step'] for line in at], values, linestyle=':', **marks)
+                numbers[label] = dict(zip((line['step'] + 1 for line in at), values))
+    plot.set_yscale('log')
+    plot.legend()
+    save_plot(args, figure, numbers)
+
+
 # Further photographs ------------------------------------------------------------------------------
 SIDES = (-55, 45)  # azimuths near which further photographs are taken, degrees
 
@@ -507,18 +542,22 @@ def views(args):
             ours[n] = pictures_of(field, grid, truth, args)
             psnrs[n] = float(np.mean([rh.psnr(a, b) for a, b in zip(ours[n], whites)]))
         found[folder.name] = {'given': made.azimuths, 'found': made.angles, 'PSNR': psnrs}
-        print(folder.name, found[folder.name], flush=True)
+        write_views(found, args)
 
         turned = [abs(bearing(pose)[0]) for pose in truth.c2w]
         side = min(range(len(turned)), key=lambda k: abs(turned[k] - 60))
         row = [resized(image, len(whites[0])) for image in made.images]
         rows.append([*row, *(pictures[side] for pictures in ours.values()), whites[side]])
+    save_images(args, rows)
+
+
+def write_views(found, args):
+    """Writes what was found of the avatars so far to results/views.json."""
     means = {n: float(np.mean([x['PSNR'][n] for x in found.values()])) for n in (1, 2, 3)}
-    command = ' '.join(['python -m papers.figures', *args.words])
+    command = ' '.join(['python -m papers.figures', *map(str, args.words)])
     about = {'command': command, 'seed': args.seed, **provenance_of_figures()}
     path = ROOT / 'results' / 'views.json'
     running.write_json(path, {**about, 'PSNR of 1, 2, 3 photographs': means, 'avatars': found})
-    save_images(args, rows)
 
 
 def pictures_of(field, grid, views, args):
@@ -559,6 +598,7 @@ FIGURES = {
     'neighbours': neighbours,
     'meshes': meshes,
     'views': views,
+    'curves': curves,
 }
 
 

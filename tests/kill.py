@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,7 @@ def flat(x):
 def content(path):
     """What a file holds, as a string that tells two files apart."""
     if path.suffix != '.pt':
-        return path.read_text()
+        return re.sub(r', "seconds": [^,}]*', '', path.read_text())  # the clock's, no result
     return flat(torch.load(path, weights_only=True))
 
 

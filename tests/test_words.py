@@ -25,6 +25,7 @@ import rodinhd as rh  # noqa: E402
 import running  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+import watching  # noqa: E402
 import words  # noqa: E402
 
 PROJECTIONS = 8  # that a LoRA adds to: of two attentions down, in the middle, up, up
@@ -250,7 +251,7 @@ def test_names_and_triggers():
 # Training -----------------------------------------------------------------------------------------
 def test_the_lora_is_trained_and_stable_diffusion_is_not(trained, sd):
     runs = trained.runs
-    names = {'.lock', 'lora.safetensors', 'lora-state.pt', 'lora.jsonl', 'lora.png'}
+    names = {'.lock', 'lora.safetensors', 'lora-state.pt', 'lora.jsonl', 'lora-000004.png'}
     assert {path.name for path in runs.iterdir()} == names
 
     before = diffusers.UNet2DConditionModel.from_pretrained(sd / 'unet').state_dict()
@@ -275,7 +276,7 @@ def test_the_lora_is_trained_and_stable_diffusion_is_not(trained, sd):
     assert any(differs)
     lines = (runs / 'lora.jsonl').read_text().splitlines()
     assert [json.loads(line)['step'] for line in lines] == [0, 1, 2, 3]
-    assert Image.open(runs / 'lora.png').size == (4 * 16, 2 * 16)
+    assert Image.open(runs / 'lora-000004.png').size == (4 * 16, 2 * 16)
 
 
 def test_the_lora_that_was_written_changes_the_portrait(trained, sd, capsys):
@@ -350,8 +351,12 @@ def test_training_goes_on_to_the_same_weights(trained, sd, portraits, tmp_path, 
     a, b = (load_file(runs / 'lora.safetensors') for runs in both)  # its header's order differs
     assert len(a) == 64
     assert all(torch.equal(a[name], b[name]) for name in a | b)
-    for name in ('lora.jsonl', 'lora.png'):
-        assert (trained.runs / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    name = 'lora-000004.png'
+    assert (trained.runs / name).read_bytes() == (tmp_path / name).read_bytes()
+    a, b = (watching.lines_of(runs / 'lora.jsonl') for runs in both)
+    for line in a + b:
+        assert line.pop('seconds') > 0
+    assert a == b
 
 
 @pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
