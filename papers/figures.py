@@ -503,8 +503,10 @@ def fitted_to_photographs(folder, models, box, args):
 
     decoder = models['decoder']
     steps = models['base'].config.likeness_steps
-    seen = likeness.straighten(models, portrait, alpha[None], seed=args.seed)
-    sampled = rh.generate(models, seen.images, seed=args.seed).planes[0]
+    seen, avatars = likeness.straighten(models, portrait, alpha[None], seed=args.seed)
+    if avatars is None:
+        avatars = rh.generate(models, seen.images, seed=args.seed)
+    sampled = avatars.planes[0]
     seen = likeness.Seen(*(x[0] for x in seen))
 
     # What likeness.fit_to_photographs does, whose beginning is the same for all
