@@ -85,4 +85,4 @@ def test_a_photograph_becomes_an_avatar(url, tmp_path):
 
 def test_what_is_missing_is_said(models):
     with pytest.raises(rh.Stop, match='there is no such image'):
-        list(app.make(models, ['nowhere.png'], '', False, lambda *_, **__: None))
+        list(app.make(models, ['nowhere.png'], '', lambda *_, **__: None))
