@@ -480,7 +480,8 @@ def photograph_near(folder, views, azimuth, size):
     costs = [abs(a - azimuth) + 2 * abs(elevation) for a, elevation in bearings]
     best = costs.index(min(costs))
     meta, frames = scenes.read_frames(folder, 'train')
-    rgb, alpha = scenes.frame_as_portrait(folder, meta, frames[best], size)
+    pixels = scenes.pixels_of_frame(folder, meta, frames[best], size)
+    rgb, alpha = scenes.portrait_in_floats(pixels)
     image = scenes.portrait_on_white(rgb, alpha)
     return likeness.Photograph(image, alpha, 5 * round(bearings[best][0] / 5))
 

@@ -1,10 +1,9 @@
 """The page in a real headless Chromium: a photograph goes in, an avatar and its files come out."""
 import shutil
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import app
 import meshes
@@ -17,6 +16,7 @@ sync_api = pytest.importorskip('playwright.sync_api', reason='needs playwright')
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome')
 CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), None)
+PORTRAIT = Path(__file__).parent.parent / 'examples' / 'smile.png'
 PATIENCE = 240_000  # milliseconds
 
 
@@ -55,8 +55,7 @@ def url(models, monkeypatch):
 @pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium (apt-get install chromium)')
 def test_a_photograph_becomes_an_avatar(url, tmp_path):
     assert url.startswith('http://127.0.0.1:')
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / 'me.png')
+    shutil.copy(PORTRAIT, tmp_path / 'me.png')
     (tmp_path / 'not.png').write_text('no image')
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
