@@ -48,6 +48,8 @@ def start(device=None, seed=0, patience=None):
         rh.stop(f'--seed {seed}: give a number from 0 to {MOST_SEEDS - 1}')
     if device is None:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device.startswith('mps'):
+        rh.stop('--device mps: Apple GPUs have no 64-bit floats, which rendering needs; give cpu')
     if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
         rh.stop(f'--device {device}: give cpu, or cuda where PyTorch sees a GPU')
     if not dist.is_initialized():

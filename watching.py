@@ -17,6 +17,7 @@ NEXT = {  # what comes after a stage
     'vae': 'python train.py --stage base',
     'base': 'python train.py --stage upsample',
     'upsample': 'python sample.py --unconditional, or --portrait',
+    'refiner': 'python sample.py --unconditional, or --portrait',
     'lora': 'python sample.py --prompt, with --lora',
     'clip': 'python train.py --stage prior',
     'prior': 'python train.py --stage text',

@@ -504,10 +504,9 @@ def fitted_to_photographs(folder, models, box, args):
 
     decoder = models['decoder']
     steps = models['base'].config.likeness_steps
-    seen, avatars = likeness.straighten(models, portrait, alpha[None], seed=args.seed)
-    if avatars is None:
-        avatars = rh.generate(models, seen.images, seed=args.seed)
-    sampled = avatars.planes[0]
+    seen = likeness.straighten(models, portrait, alpha[None], seed=args.seed)
+    correct = likeness.towards(seen, decoder, args.seed)
+    sampled = rh.generate(models, seen.images, seed=args.seed, correct=correct).planes[0]
     seen = likeness.Seen(*(x[0] for x in seen))
 
     # What likeness.fit_to_photographs does, whose beginning is the same for all

@@ -522,6 +522,32 @@ def test_further_photographs(walk, monkeypatch, capsys):
     assert content['views'] == [f'{view}:-60']
 
 
+def test_pictures_and_films_say_that_they_are_synthetic(tmp_path):
+    picture = np.full((256, 256, 3), 255, dtype=np.uint8)
+    tagged = export.tagged(picture)
+    changed = (tagged != picture).any(2)
+    assert changed[-30:, -80:].any()
+    assert not changed[:-30].any()
+    assert not changed[:, :-80].any()
+    small = picture[:32, :32]
+    assert export.tagged(small) is small
+
+    export.save_animation(tmp_path, [tagged] * 2, tag=True)
+    export.save_image(tmp_path / 'a.png', Image.fromarray(tagged), tag=True)
+    source = b'digitalsourcetype/trainedAlgorithmicMedia'
+    assert source in (tmp_path / 'a.png').read_bytes()
+    assert source in (tmp_path / 'turntable.webp').read_bytes()
+    assert Image.open(tmp_path / 'turntable.gif').info['comment'].startswith(b'Synthetic')
+    assert Image.open(tmp_path / 'a.png').info['Description'] == export.SAYS
+    export.save_image(tmp_path / 'b.png', Image.fromarray(picture))
+    assert 'Description' not in Image.open(tmp_path / 'b.png').info
+
+
+def test_an_apple_gpu_is_refused_with_the_reason():
+    with pytest.raises(rh.Stop, match='--device mps: Apple GPUs have no 64-bit floats'):
+        running.start('mps')
+
+
 def test_bars_in_a_file_are_lines(capfd, monkeypatch):
     monkeypatch.setattr(running, 'SECONDS_A_LINE', 0)
     with running.Bar(total=3, desc='counting') as bar:
