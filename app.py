@@ -24,7 +24,7 @@ def make(models, paths, sentence, tell):
     if not paths:  # a sentence
         paths = [folder / 'prompt.png']
         export.save_image(paths[0], words.portrait_of(sentence), tag=True)
-    crops, turns, files = [], [], []
+    crops, turns, files = ([] for _ in range(3))
     for k, path in enumerate(paths):
         rgb, alpha, known = photo.read(path, config.portrait)
         images = scenes.portrait_on_white(rgb, alpha)[None]
