@@ -305,6 +305,42 @@ def edited(clip, z, changes, strength=1.0):
     return on_sphere((z + strength * (after - before))[None])[0]
 
 
+# z between head and clothes, where portraits are framed as those of weights/ (docs/data.md)
+NECK = 0.05
+SOFT = 0.1  # over which a region fades out, on both sides
+HEAD = 0.5  # x and y that a head, with its hair, reaches
+WORN = ('clothes', 'shade', 'outfit', 'pattern')
+EVERYWHERE = ('sex', 'group')
+
+
+def region_of(changes, R):
+    """Where changes (facts) may change an avatar: weights (3, 1, R, R) in 0..1 of its planes.
+
+    Clothes are below the neck, all else is above it, but long hair, which may fall to the chest;
+    sex and group are everywhere. The xy plane knows no height: there the rest of the body counts
+    for clothes, and the head's own place for a third.
+    """
+    if any(factor in EVERYWHERE for factor in changes):
+        return torch.ones(3, 1, R, R)
+    axis = torch.linspace(-1, 1, R)
+
+    def ramp(x):  # 0 below, 1 above
+        return (x / (2 * SOFT) + 0.5).clamp(0, 1)
+
+    inner = ramp(HEAD - axis.abs())
+    around_head = inner[:, None] * inner                                    # of (y, x) or (z, x)
+    worn = torch.zeros(3, R, R)
+    head = torch.zeros(3, R, R)
+    if any(factor in WORN for factor in changes):
+        worn[0] = 1 - around_head * 2 / 3
+        worn[1:] = ramp(NECK - axis)[:, None]
+    if any(factor not in WORN for factor in changes):
+        falls = 0.5 if {'hair', 'length'} & changes.keys() else 0
+        head[0] = around_head
+        head[1:] = ramp(axis - NECK + falls)[:, None] * inner
+    return torch.maximum(worn, head)[:, None]
+
+
 # Published CLIP -----------------------------------------------------------------------------------
 class PublishedClip(nn.Module):
     """Published weights of CLIP, such as ViT-B/32, with the methods of Clip.

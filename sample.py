@@ -449,10 +449,10 @@ class Edits(NamedTuple):
     """What --edit makes of one avatar."""
 
     planes: torch.Tensor  # (1 + E, 3, C, R, R): the avatar, and one of each edit
-    strips: list  # for each edit planes (n, 3, C, R, R), from no strength to twice of what is asked
+    strips: list  # for each edit planes (n, 3, C, R, R), from no strength to more than is asked
 
 
-STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of a strip, times --strength
+STRENGTHS = (0.0, 1 / 3, 2 / 3, 1.0, 4 / 3)  # of a strip, times --strength
 
 
 def edit(models, sampled, args, how):
@@ -460,7 +460,8 @@ def edit(models, sampled, args, how):
 
     Rodin moves the vector of which it makes the avatar. Ours is made of a portrait, which says more
     than its vector, and was fitted to it. So two avatars are made of the vector alone, before and
-    after it moved and with the same noise, and their difference is added to the planes.
+    after it moved and with the same noise, and their difference is added to the planes where what
+    is named may be.
     """
     clip = models['clip']
     config = models['base'].config
@@ -470,7 +471,8 @@ def edit(models, sampled, args, how):
         changes = heard('--edit', text, clip)
         vectors = [rodin.edited(clip, z, changes, args.strength * s) for s in STRENGTHS]
         made = [rh.generate(models, rh.nobody(config, 1, v[None]), **how).planes for v in vectors]
-        strip = torch.cat([sampled.planes[:1] + (x - made[0]) for x in made]).clamp(-1, 1)
+        where = rodin.region_of(changes, made[0].shape[-1]).to(made[0])
+        strip = torch.cat([sampled.planes[:1] + where * (x - made[0]) for x in made]).clamp(-1, 1)
         strips.append(strip)
         edited.append(strip[STRENGTHS.index(1.0)])
     return Edits(torch.stack([sampled.planes[0], *edited]), strips)
@@ -742,8 +744,9 @@ def parse(argv=None):
     seen.add_argument('--edit', nargs='+', metavar='WORDS',
                       help='what to change of the portrait, such as "red hair": an avatar of '
                            'each, and a strip of strengths')
-    seen.add_argument('--strength', type=float, default=1.0,
-                      help='of --edit; 0 changes nothing (default: 1)')
+    seen.add_argument('--strength', type=float, default=1.5,
+                      help='of --edit; 0 changes nothing, 1 is as far as words move (default: '
+                           '1.5)')
     seen.add_argument('--sd',
                       help='with --prompt: folder or model id of a text-to-image pipeline of '
                            f'diffusers (default, where the models take no words: {words.SD})')

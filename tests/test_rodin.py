@@ -200,6 +200,48 @@ def test_vectors_lie_on_one_sphere_and_unseen_facts_are_known_as_such(config):
     assert torch.equal(a, b)
 
 
+# Edits --------------------------------------------------------------------------------------------
+def texel(region, plane, first, second, R=41):
+    """The weight of a plane (0: xy, 1: xz, 2: yz) at two coordinates in [-1, 1]."""
+    column, row = (round((x + 1) / 2 * (R - 1)) for x in (first, second))
+    return region[plane, 0, row, column].item()
+
+
+def test_edits_are_where_what_they_name_is():
+    clothes = rodin.region_of({'clothes': 'red', 'shade': 'dark'}, 41)
+    assert texel(clothes, 1, 0, 0.5) == texel(clothes, 2, 0.2, 0.3) == 0  # the face
+    assert texel(clothes, 1, 0, -0.5) == texel(clothes, 0, 0.9, 0) == 1  # chest, shoulders
+    face = rodin.region_of({'expression': 'sad'}, 41)
+    assert texel(face, 1, 0, 0.5) == texel(face, 0, 0, 0) == 1
+    assert texel(face, 1, 0, -0.1) == texel(face, 0, 0.9, 0) == texel(face, 1, 0.9, 0.5) == 0
+    hair = rodin.region_of({'hair': 'red'}, 41)
+    assert texel(hair, 1, 0.3, -0.3) == 1 and texel(hair, 1, 0.3, -0.7) == 0
+    both = rodin.region_of({'hair': 'red', 'clothes': 'red'}, 41)
+    assert torch.equal(both, torch.maximum(hair, rodin.region_of({'clothes': 'red'}, 41)))
+    assert rodin.region_of({'sex': 'man'}, 41).min() == 1
+
+
+def test_z_moves_by_the_difference_of_two_sentences(config):
+    clip = rodin.Clip(config)
+    torch.nn.init.normal_(clip.facts)
+    z = rodin.on_sphere(torch.randn(1, 8))[0]
+    source = rodin.facts_seen(clip, z)
+    colour = 'red' if source['clothes'] != 'red' else 'blue'
+    target = {**source, 'clothes': colour}
+    target.pop('shade')
+    delta = clip.encode_facts(captions.as_vector(target)[None])
+    delta = delta - clip.encode_facts(captions.as_vector(source)[None])
+    moved = z + 1.5 * delta[0]
+    expected = moved / moved.norm() * 8 ** 0.5
+    assert torch.allclose(rodin.edited(clip, z, {'clothes': colour}, 1.5), expected, atol=1e-5)
+    assert torch.allclose(rodin.edited(clip, z, {'clothes': colour}, 0), z, atol=1e-5)
+
+
+def test_who_becomes_bald_has_no_colour_of_hair():
+    assert rodin.with_facts({'hair': 'red'}, {'length': 'bald'}) == {'length': 'bald'}
+    assert rodin.with_facts({'shade': 'dark'}, {'clothes': 'red'}) == {'clothes': 'red'}
+
+
 # The base network ---------------------------------------------------------------------------------
 @pytest.fixture
 def weights_without_z(tmp_path):
