@@ -283,6 +283,32 @@ def test_a_slow_browser_keeps_the_frames(browser, viewer):
     page.close()
 
 
+def test_title_tag_and_mesh(browser, tmp_path, tiny):
+    """The page bears them, and gives the mesh back as the file that it was made of."""
+    field, grid = soft_ball(tiny)
+    (tmp_path / 'me.glb').write_bytes(b'glTF and so on')
+    frames = [Image.new('RGB', (32, 32), 'red')]
+    words = {'title': 'somebody', 'tag': 'synthetic'}
+    path = tmp_path / 'viewer.html'
+    how = field.planes, field.decoder, grid, frames
+    export.write_viewer(path, *how, mesh=tmp_path / 'me.glb', **words)
+    page, messages = show(browser, path, 400, 400, suffix='#frames')
+    assert page.title() == 'somebody'
+    assert page.locator('#tag').inner_text() == 'synthetic'
+    with page.expect_download() as download:
+        page.locator('#mesh').click()
+    assert download.value.suggested_filename == 'me.glb'
+    assert download.value.path().read_bytes() == b'glTF and so on'
+    assert page.evaluate("(canvas.width = canvas.height = 200, tagged().width)") == 200
+    assert not messages
+    page.close()
+
+    export.write_viewer(path, *how)
+    page, _ = show(browser, path, 400, 400, suffix='#frames')
+    assert page.locator('#mesh').is_hidden()
+    page.close()
+
+
 def test_it_turns_until_it_is_touched(browser, viewer):
     page, messages = show(browser, viewer[0], suffix='#frames', reduced_motion='no-preference')
     page.wait_for_function('camera.azimuth > 21')
