@@ -449,10 +449,10 @@ class Edits(NamedTuple):
     """What --edit makes of one avatar."""
 
     planes: torch.Tensor  # (1 + E, 3, C, R, R): the avatar, and one of each edit
-    strips: list  # for each edit planes (n, 3, C, R, R), from no strength to more than is asked
+    strips: list  # for each edit planes (n, 3, C, R, R), from no strength to twice of what is asked
 
 
-STRENGTHS = (0.0, 1 / 3, 2 / 3, 1.0, 4 / 3)  # of a strip, times --strength
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of a strip, times --strength
 
 
 def edit(models, sampled, args, how):
@@ -744,9 +744,8 @@ def parse(argv=None):
     seen.add_argument('--edit', nargs='+', metavar='WORDS',
                       help='what to change of the portrait, such as "red hair": an avatar of '
                            'each, and a strip of strengths')
-    seen.add_argument('--strength', type=float, default=1.5,
-                      help='of --edit; 0 changes nothing, 1 is as far as words move (default: '
-                           '1.5)')
+    seen.add_argument('--strength', type=float, default=1.0,
+                      help='of --edit; 0 changes nothing, 1 is as far as words move (default: 1)')
     seen.add_argument('--sd',
                       help='with --prompt: folder or model id of a text-to-image pipeline of '
                            f'diffusers (default, where the models take no words: {words.SD})')
