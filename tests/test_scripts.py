@@ -712,6 +712,8 @@ def test_two_ranks_of_several_commands(walk, tmp_path):
     assert names_in(walk / 'measured2') == {'evaluate.json', 'evaluate.png'}
     content = json.loads((walk / 'measured2/evaluate.json').read_text())
     assert content['avatars'].keys() == {'avatar_0000', 'avatar_0001'}
+    assert {'command', 'commit', 'machine', 'seed', 'standard_error'} <= content.keys()
+    assert content['identities'] == {name: name for name in content['avatars']}
 
 
 # Tables -------------------------------------------------------------------------------------------
