@@ -1672,13 +1672,28 @@ def keep_pace(decoder, joint, config):
 conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
+class Norm(nn.GroupNorm):
+    """GroupNorm that gives autocast's type where there is autocast, which would make fp32 of it: the
+    activations that training keeps would be as large as without. Means and variances are summed in
+    fp32 all the same.
+    """
+    def forward(self, x):
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            weights = (self.weight.to(dtype), self.bias.to(dtype))
+            return F.group_norm(x.to(dtype), self.num_groups, *weights, self.eps)
+
+
 def norm(channels, eps=1e-5):
     """GroupNorm in 32 groups, as in the published models.
 
     32 channels and fewer get 8 groups: a group of one channel would forget its mean.
     """
     groups = 32 if channels > 32 else 8
-    return nn.GroupNorm(math.gcd(channels, groups), channels, eps)
+    return Norm(math.gcd(channels, groups), channels, eps)
 
 
 def zero(module):
