@@ -1673,9 +1673,10 @@ conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm that gives autocast's type where there is autocast, which would make fp32 of it: the
-    activations that training keeps would be as large as without. Means and variances are summed in
-    fp32 all the same.
+    """GroupNorm that gives autocast's type, where there is autocast, which would make fp32 of it.
+
+    The activations that training keeps would be as large as without. Means and variances are summed
+    in fp32 all the same.
     """
     def forward(self, x):
         kind = x.device.type

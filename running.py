@@ -847,6 +847,85 @@ def renamed(state):
     return found
 
 
+class Chores:
+    """When a run is saved: every so many steps or, without a number, every ten minutes, as long as
+    that and pictures take at most 2 % of its time."""
+    def __init__(self, every=None, minutes=10, share=0.02):
+        self.every = every
+        self.between = 60 * minutes
+        self.share = share
+        self.began = time.monotonic()
+        self.last = self.began
+        self.spent = 0.0
+
+    def due(self, step):
+        """Whether to save after this step."""
+        if self.every is not None:
+            return (step + 1) % max(self.every, 1) == 0
+        now = time.monotonic()
+        affordable = self.spent <= self.share * (now - self.began)
+        return affordable and now - self.last >= self.between
+
+    @contextlib.contextmanager
+    def doing(self):
+        began = time.monotonic()
+        yield
+        self.last = time.monotonic()
+        self.spent += self.last - began
+
+
+def kept_for_backward(network, *inputs):
+    """Bytes that a forward pass on the meta device keeps for the backward pass, besides weights."""
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        network(*inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+HALF = 0.6  # of its activations that a network keeps in bf16: attention and plane sums stay fp32
+
+
+def memory_of_training(kind, config, bf16, recompute):
+    """Bytes that training of a base or upsample network takes -> (of the run, of each sample): by
+    shapes alone, so that nothing is computed."""
+    make, _ = MODELS[kind]
+    size = config.base_resolution if kind == 'base' else config.resolution
+    (channels, pixels), maps = rh.feature_shapes(config)
+    with torch.device('meta'):
+        network = make(config).train()
+        network.checkpoint = recompute
+        low = torch.zeros(1, 3, config.channels, config.base_resolution, config.base_resolution)
+        latent = torch.zeros(1, channels, pixels, pixels)
+        portrait = rh.Portrait(latent, [torch.zeros(1, c, p, p) for c, p in maps], low)
+        planes = torch.zeros(1, 3, config.channels, size, size)
+        kept = kept_for_backward(network, planes, torch.zeros(1), portrait)
+    of_run = 20 * sum(p.numel() for p in network.parameters())  # weight, gradient, Adam's two, EMA
+    of_sample = kept * (HALF if bf16 else 1) + 8 * planes.nbytes  # and what the loss is made of
+    return of_run, of_sample
+
+
+def fit_memory(kind, config, samples, bf16, available):
+    """Whether training has to compute activations again to fit `samples` at a time into so many
+    bytes; stops, and says how many fit, where that does not help."""
+    for recompute in (False, True):
+        of_run, of_sample = memory_of_training(kind, config, bf16, recompute)
+        if of_run + samples * of_sample <= available:
+            return recompute
+    fits = int((available - of_run) / of_sample)
+    advice = f'give --micro-batch {fits}, which changes nothing else' if fits > 0 else (
+        'not even one sample fits; give --bf16, another preset or a larger GPU')
+    rh.stop(f'{samples} samples at a time take {(of_run + samples * of_sample) / 2 ** 30:.0f} GiB, '
+            f'{available / 2 ** 30:.0f} are free; {advice}')
+
+
 class EMA:
     """Exponential moving average of a module's parameters in fp32.
 

@@ -218,7 +218,7 @@ def prepare_diffusion(args, config, device):
 
     network = running.build(args.stage, config)
     learn_prior(network, items, config)
-    network.checkpoint = not base and config.resolution > 128  # 512 x 512 do not fit otherwise
+    network.checkpoint = not base and config.resolution > 128  # on a GPU as its memory asks for
     diffusion = rh.diffusion_of(args.stage, config)
     distance = None
     if not base and config.patches:
@@ -507,6 +507,11 @@ def train(args, config, rank, world, device):
         network.compile()
     model, alone = running.parallel(network, device)
     parts, weight = batches.shares(batch, rank, world, args.micro_batch)
+    if device.type == 'cuda' and args.stage in ('base', 'upsample'):
+        free, _ = torch.cuda.mem_get_info(device)
+        available = free + 12 * sum(p.numel() for p in network.parameters())  # it is there already
+        most = max(map(len, parts))
+        network.checkpoint = running.fit_memory(args.stage, config, most, bf16, available)
     indices = batches.indices(len(data.items), batch, begin, steps, args.seed, parts)
     fixed = None
     if rank == 0:
@@ -516,6 +521,7 @@ def train(args, config, rank, world, device):
     todo = range(begin, steps)
     bar = running.Bar(todo, initial=begin, total=steps, disable=rank > 0, desc=args.stage)
 
+    chores = running.Chores(args.save_every)
     for step in bar:
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(lr, step, steps, config)
@@ -543,36 +549,41 @@ def train(args, config, rank, world, device):
             ema.update(network)
 
         last = step == steps - 1
-        saves = (step + 1) % max(args.save_every, 1) == 0 or last
-        if step % max(args.log_every, 1) == 0 or saves:
+        every = args.picture_every
+        shown = last or (every > 0 and (step + 1) % every == 0)
+        saves = shown or (args.save_every is not None and chores.due(step))
+        if step % max(args.log_every, 1) == 0 or saves:  # the same on all ranks
             values = over_ranks(total)
+            saves = saves or chores.due(step)
             if finite.skipped:
                 values['skipped'] = finite.skipped
             bar.set_postfix(values)
             values['lr'] = optimizer.param_groups[0]['lr']
             values['norm'] = watching.finite_or_none(norm)
             if rank == 0 and saves:
-                with watching.averaged(network, ema):
+                with chores.doing(), watching.averaged(network, ema):
                     on_fixed = watching.loss_on(fixed, network, loss_of, device)
                 values[fixed.name] = watching.finite_or_none(on_fixed)
             if rank == 0:
                 lines.write(step, values)
 
         if rank == 0 and saves:
-            running.synchronise(log)
-            write_weights(args, config, network, ema, step + 1, made_with)
-            running.write_checkpoint(state_path, state_path.stem, {
-                'settings': settings,
-                'made_with': made_with,
-                'step': step + 1,
-                'ema': ema.shadow,
-                'updates': ema.updates,
-                'skipped': finite.skipped,
-                'row': finite.row,
-                'model': network.state_dict(),
-                'optimizer': optimizer.state_dict(),
-            })
-            with torch.no_grad():
+            with chores.doing():
+                running.synchronise(log)
+                write_weights(args, config, network, ema, step + 1, made_with)
+                running.write_checkpoint(state_path, state_path.stem, {
+                    'settings': settings,
+                    'made_with': made_with,
+                    'step': step + 1,
+                    'ema': ema.shadow,
+                    'updates': ema.updates,
+                    'skipped': finite.skipped,
+                    'row': finite.row,
+                    'model': network.state_dict(),
+                    'optimizer': optimizer.state_dict(),
+                })
+        if rank == 0 and shown:
+            with chores.doing(), torch.no_grad():
                 trained = ema.shadow
                 if args.stage != 'lora':
                     trained = running.load_model(args.stage, args.runs, device)
@@ -683,8 +694,11 @@ def parse(argv=None):
                    help='samples of a rank that are in memory at a time (default: all of a step); '
                         'changes nothing else')
     p.add_argument('--log-every', type=int, default=20, help='steps between log lines')
-    p.add_argument('--save-every', type=int, default=500,
-                   help='steps between checkpoints and pictures')
+    p.add_argument('--save-every', type=int, metavar='STEPS',
+                   help='steps between checkpoints (default: ten minutes, and at most 2 %% of the '
+                        'time)')
+    p.add_argument('--picture-every', type=int, default=0, metavar='STEPS',
+                   help='steps between pictures (default: one, at the end)')
     p.add_argument('--held-out', type=Path, metavar='DATA',
                    help='avatars that are not trained on, with planes in --fits: their loss on '
                         'fixed noise is logged at each save (default: that of a few of --data)')
@@ -706,8 +720,9 @@ def parse(argv=None):
         rh.stop('--workers takes 0 to 1024')
     if not 0 < args.patience < 10 ** 6:
         rh.stop('--patience takes a positive number of minutes')
-    if min(args.log_every, args.save_every, args.micro_batch) < 0:
-        rh.stop('--log-every, --save-every and --micro-batch take at least 0')
+    numbers = (args.log_every, args.save_every or 0, args.picture_every, args.micro_batch)
+    if min(numbers) < 0:
+        rh.stop('--log-every, --save-every, --picture-every and --micro-batch take at least 0')
     if args.init and args.stage == 'lora':
         p.error('--init: not with --stage lora')
     return args

@@ -83,3 +83,46 @@ def test_views_are_decoded_again_where_images_are_others(folder, monkeypatch):
     frames = scenes.read_frames(folders[0], 'train')[1]
     shutil.copy(frames[1]['path'], frames[0]['path'])
     assert not torch.equal(tasks.prepared(0).rays.pixels, first.rays.pixels)
+
+
+def test_a_run_is_saved_by_time_and_seldom_enough(monkeypatch):
+    """A save takes 30 s: at ten minutes, and then when 2 % of the time allow for another."""
+    clock = [0.0]
+    monkeypatch.setattr(running.time, 'monotonic', lambda: clock[0])
+    chores = running.Chores()
+    saved = []
+    for step in range(600):  # of ten seconds
+        clock[0] += 10
+        if chores.due(step):
+            saved.append(clock[0])
+            with chores.doing():
+                clock[0] += 30
+    assert saved[:3] == [600, 1500, 3000]
+    assert len(saved) * 30 <= 0.02 * clock[0] + 30
+    assert [step for step in range(7) if running.Chores(3).due(step)] == [2, 5]
+
+
+def test_memory_is_told_before_the_run(tiny):
+    of_run, plain = running.memory_of_training('base', tiny, False, False)
+    _, again = running.memory_of_training('base', tiny, False, True)
+    _, half = running.memory_of_training('base', tiny, True, False)
+    assert again < plain
+    assert half < plain
+    assert of_run == 20 * sum(p.numel() for p in running.build('base', tiny).parameters())
+
+    assert running.fit_memory('base', tiny, 4, False, of_run + 4 * plain) is False
+    assert running.fit_memory('base', tiny, 4, False, of_run + 4 * again) is True
+    with pytest.raises(rh.Stop, match='give --micro-batch 3, which changes nothing else'):
+        running.fit_memory('base', tiny, 4, False, of_run + 3.5 * again)
+    with pytest.raises(rh.Stop, match='not even one sample fits'):
+        running.fit_memory('base', tiny, 4, False, of_run)
+
+
+def test_autocast_leaves_a_normalisation_in_its_own_type():
+    layer = rh.norm(64)
+    torch.nn.init.normal_(layer.weight)
+    x = 5 + torch.randn(2, 64, 8, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert (out - torch.nn.GroupNorm.forward(layer, x)).abs().max() < 0.05
