@@ -1680,7 +1680,7 @@ class Norm(nn.GroupNorm):
     """
     def forward(self, x):
         kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):

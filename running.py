@@ -875,7 +875,7 @@ class Chores:
 
 
 def kept_for_backward(network, *inputs):
-    """Bytes that a forward pass on the meta device keeps for the backward pass, besides weights."""
+    """Bytes that a forward pass keeps for the backward pass, besides weights."""
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     kept = {}
 
@@ -896,10 +896,11 @@ HALF = 0.6  # of its activations that a network keeps in bf16: attention and pla
 def memory_of_training(kind, config, bf16, recompute):
     """Bytes that training of a base or upsample network takes -> (of the run, of each sample): by
     shapes alone, so that nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imports much, for this alone
     make, _ = MODELS[kind]
     size = config.base_resolution if kind == 'base' else config.resolution
     (channels, pixels), maps = rh.feature_shapes(config)
-    with torch.device('meta'):
+    with FakeTensorMode():
         network = make(config).train()
         network.checkpoint = recompute
         low = torch.zeros(1, 3, config.channels, config.base_resolution, config.base_resolution)

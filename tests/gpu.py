@@ -148,7 +148,8 @@ def command_of(part, args, seconds, out):
     """The command of a part, which may take so many seconds and may write JSON to `out`."""
     program = [sys.executable]
     if part == 'tests':
-        return [*program, '-m', 'pytest', '-q', '-x', '--tb=short', str(ROOT / 'tests/test_cuda.py')]
+        tests = ROOT / 'tests/test_cuda.py'
+        return [*program, '-m', 'pytest', '-q', '--tb=short', str(tests)]
     options = ['--device', args.device, '--preset', args.preset, '--out', str(out)]
     changes = ['--set', *args.set] if args.set else []
     if part == 'bench':
