@@ -388,8 +388,9 @@ def resume(path, settings, decoder, optimizer):
             rh.stop(f'{path.parent}: an interrupted run with other settings ({", ".join(names)}); '
                     'delete the folder to start anew')
         decoder.load_state_dict(state['decoder'])
+        running.check_finite(state['decoder'], 'the decoder')
         running.load_optimizer(optimizer, state['optimizer'])
-        return int(state['done']), list(state['history'])
+        return running.counted(state, 'done'), list(state['history'])
 
 
 def record_of(tasks, n, visit):

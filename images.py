@@ -231,11 +231,13 @@ def color_tags(image):
     if 'srgb' in info:
         return None
     if 'exif' in info:
+        space = index = None
         with contextlib.suppress(Exception):  # whatever damaged EXIF data raise
-            exif = image.getexif()
-            index = exif.get_ifd(0xA005).get(1, '')
-            if exif.get_ifd(0x8769).get(0xA001) == 2 or str(index).startswith('R03'):
-                return ADOBE_GAMMA, ADOBE_PRIMARIES, D65
+            space = image.getexif().get_ifd(0x8769).get(0xA001)
+        with contextlib.suppress(Exception):  # some versions of PIL raise where there is none, too
+            index = image.getexif().get_ifd(0xA005).get(1)
+        if space == 2 or str(index).startswith('R03'):
+            return ADOBE_GAMMA, ADOBE_PRIMARIES, D65
 
     gamma = float(info.get('gamma') or 1 / 2.2)
     colours = [float(value) for value in info.get('chromaticity') or (*D65, *SRGB_PRIMARIES)]

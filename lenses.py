@@ -33,7 +33,7 @@ FISHEYES = ('OPENCV_FISHEYE', 'SIMPLE_RADIAL_FISHEYE', 'RADIAL_FISHEYE')
 COEFFICIENTS = ('k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'p1', 'p2')
 PRISMS = ('s1', 's2', 's3', 's4', 'k7', 'k8')  # of lenses that nothing here understands
 
-LEAST_FOCAL, MOST_FOCAL = 0.02, 1000  # in widths of the image
+LEAST_FOCAL, MOST_FOCAL = 0.05, 1000  # in widths of the image
 FARTHEST_CENTRE = 10  # of the principal point from the image's middle, in widths
 REFINED = 2 ** 20  # larger images are resampled once, without the refinement
 
@@ -118,6 +118,8 @@ def read_intrinsics(meta, frame, width, height, where):
             cx = number(source, 'cx', where) * scale_x
         if given(source, 'cy'):
             cy = number(source, 'cy', where) * scale_y
+    if 0 < cx < 1 and 0 < cy < 1 and min(width, height) >= 16:
+        rh.stop(f'{where}: cx, cy = {cx:.4g}, {cy:.4g} look like shares of the image; give pixels')
     if max(abs(cx - width / 2), abs(cy - height / 2)) > FARTHEST_CENTRE * max(width, height):
         rh.stop(f'{where}: cx, cy = {cx:.4g}, {cy:.4g} lie far outside of the image')
     return fx, fy, cx, cy
@@ -185,7 +187,9 @@ def read_lens(meta, frame, where):
     source = first_with(sources, 'camera_model')
     model = str(source.get('camera_model') or '').upper()
     if not model:
-        is_fisheye = first_with(sources, 'is_fisheye').get('is_fisheye')
+        is_fisheye = first_with(sources, 'is_fisheye').get('is_fisheye', False)
+        if is_fisheye not in (False, True):  # 0 and 1 are the same
+            rh.stop(f'{where}: is_fisheye must be true or false, not {str(is_fisheye)[:40]!r}')
         model = 'OPENCV_FISHEYE' if is_fisheye else 'OPENCV'
     if model not in (*PINHOLES, *PERSPECTIVES, *FISHEYES):
         rh.stop(

@@ -68,35 +68,55 @@ def outline_of(folder):
 
 
 def of_avatar(folder, known=None):
-    """The numbers of an avatar's data: its outline, and `data` of the bytes of all its files.
+    """The numbers of an avatar's data: its outline, `data` of the bytes of all its files, and the
+    quarter turns of its world for the face to be in `front`.
 
     known: those of before, which hold where no file was written since.
     """
     numbers = outline_of(folder)
     if known and all(known.get(name) == numbers[name] for name in numbers):
         return known
+    front = scenes.front_turns(folder)
+    return {**numbers, 'data': data_of(folder), 'front': front}
+
+
+def data_of(folder):
+    """A number of the bytes of all files of an avatar."""
     data = 0
     for path in files_of(folder):
         data = zlib.crc32(path.read_bytes(), data)
-    return {**numbers, 'data': data}
+    return data
 
 
 def same_avatar(folder, made_with):
     """Whether a file was made with the very images and cameras that a folder holds now."""
     if not isinstance(made_with, dict) or 'data' not in made_with:
         return True
+    if made_with.get('front', 0) != scenes.front_turns(folder):
+        return False
     return of_avatar(folder, made_with)['data'] == made_with['data']
 
 
 def check_avatar(path, made_with, folder):
-    """Stops where planes are of another avatar than that of a folder, by its outline, which is
-    found without reading images."""
+    """Stops where planes are of another avatar than that of a folder, or of its world turned
+    otherwise. Images are read where one of them was written since."""
     if not isinstance(made_with, dict) or 'outline' not in made_with:
         return
-    if made_with['outline'] != outline_of(folder)['outline']:
+    numbers = outline_of(folder)
+    same = made_with['outline'] == numbers['outline']
+    if same and 'data' in made_with and made_with.get('times') != numbers['times']:
+        same = made_with['data'] == data_of(folder)
+    if not same:
         rh.stop(
             f'{path}: was fitted to other images or cameras than those in {folder}; '
             'delete it and fit it again with python fit.py, or give its own --data'
+        )
+    front = made_with.get('front', 0)  # of before, worlds were not turned
+    if front != scenes.front_turns(folder):
+        rh.stop(
+            f'{path}: was fitted with the front elsewhere than it is taken to be in {folder} now; '
+            'is OpenCV installed as it was (it finds the face), or portrait.* another? Put that '
+            'back, or delete it and fit it again with python fit.py'
         )
 
 

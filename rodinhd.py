@@ -1559,7 +1559,8 @@ def fit_avatar(
         if table is None or table.shape[1] != size:
             source = start if table is None else planes_of(table.detach())
             source = resize_planes(source.to(device).float(), size)
-            table = source.permute(0, 2, 3, 1).contiguous().requires_grad_()
+            table = source.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+            table.requires_grad_()  # a copy: `start` may have this layout, and stays as it is
             optimizer = torch.optim.Adam([table], betas=(0.9, 0.99), fused=True)
         planes = planes_of(table)
         optimizer.param_groups[0]['lr'] = config.lr_planes * config.planes_final_lr ** progress
@@ -1620,9 +1621,10 @@ class Task(NamedTuple):
 def replay(tasks, decoder, config, *, optimizer, begin=0, seconds=None, seed=0):
     """Algorithm 1, the first stage of fitting: task replay with weight consolidation.
 
-    Visits avatars again and again, config.inner steps each (or about so many `seconds`), until
-    each has had config.outer visits. It is a generator: after each visit it yields its number and
-    the Visit, and goes on from visit `begin`. `tasks` keeps avatars between their visits:
+    Visits avatars again and again, config.inner steps each, until each has had config.outer visits;
+    on a single rank also for about so many `seconds` each (several ranks would take unlike numbers
+    of steps). It is a generator: after each visit it yields its number and the Visit, and goes on
+    from visit `begin`. `tasks` keeps avatars between their visits:
 
         tasks.rounds             visits until each avatar has had one (on this rank)
         tasks.load(n)            the Task of visit n; None where this rank has nothing to do
@@ -1634,6 +1636,9 @@ def replay(tasks, decoder, config, *, optimizer, begin=0, seconds=None, seed=0):
     for n in range(begin, visits):
         outer = n // tasks.rounds
         task = tasks.load(n)
+        if task is None and seconds:
+            stop('replay: seconds are for a single rank, each of whose visits has a task; with '
+                 'several, give config.inner steps')
         memory = task.memory if task else None
         average = functools.partial(tasks.average, active=task is not None)
         joint = Joint(optimizer, memory, average, n, visits)

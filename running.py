@@ -553,9 +553,10 @@ def check_planes(content):
         square = x.ndim == 4 and len(x) == 3 and x.shape[2] == x.shape[3] > 0
         if not square or x.dtype != torch.float16 or not x.is_contiguous():
             raise ValueError(f'{name} are {x.dtype} of {tuple(x.shape)}')
-    centre = torch.as_tensor(content['centre'], dtype=torch.float64)
-    half = torch.as_tensor(content['half'], dtype=torch.float64)
-    if centre.shape != (3,) or half.ndim or not centre.isfinite().all() or not 0 < half < 1e30:
+    centre, half = content['centre'], content['half']
+    is_centre = torch.is_tensor(centre) and centre.is_floating_point() and centre.shape == (3,)
+    is_half = isinstance(half, (int, float)) and not isinstance(half, bool)
+    if not is_centre or not is_half or not centre.abs().max() < 1e12 or not 1e-12 < half < 1e12:
         raise ValueError('its box is no centre and half of its width')
 
 
@@ -570,13 +571,40 @@ def reading(path, advice):
 
 
 def load_optimizer(optimizer, state):
-    """optimizer.load_state_dict, which raises ValueError where sizes are others, too."""
+    """optimizer.load_state_dict, which raises ValueError where sizes are others, too, or numbers
+    are none that it has; its settings stay as they are."""
+    settings = [
+        {name: value for name, value in group.items() if name != 'params'}
+        for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
         for p in group['params']:
             for name, x in optimizer.state.get(p, {}).items():  # some were never used
-                if torch.is_tensor(x) and x.ndim and x.shape != p.shape:
+                if not torch.is_tensor(x):
+                    continue
+                if x.ndim and x.shape != p.shape:
                     raise ValueError(f'{name} of the optimizer is {tuple(x.shape)}')
+                if not x.isfinite().all():
+                    raise ValueError(f'{name} of the optimizer is not finite')
+                if name in ('step', 'exp_avg_sq') and (x < 0).any():
+                    raise ValueError(f'{name} of the optimizer is negative')
+
+
+def counted(content, name, most=None):
+    """Reads a whole number of a checkpoint, from 0 to `most`; ValueError where it is none."""
+    value = content[name]
+    if type(value) is not int or value < 0 or (most is not None and value > most):
+        raise ValueError(f'{name} is {str(value)[:40]}')
+    return value
+
+
+def check_finite(weights, what):
+    """ValueError where one of the tensors of a dict is not finite."""
+    for name, x in weights.items():
+        if not x.isfinite().all():
+            raise ValueError(f'{name} of {what} is not finite')
 
 
 def differing(settings, saved):

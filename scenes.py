@@ -3,7 +3,7 @@
 An avatar is a folder in the format of NeRF-synthetic (Blender) or instant-ngp: a transforms*.json
 with one frame an image, and RGB or RGBA images beside it. Poses are camera-to-world matrices with
 Blender/OpenGL axes, in a world of the files' own; `read_box` finds the cube that holds the avatar,
-and `load_views` maps it to [-1, 1]^3 with Z up.
+and `load_views` maps it to [-1, 1]^3 with Z up and the face along -Y.
 
 Everything that comes from a file is checked, here and in the modules that this one is made of, so
 that the rest of the program can trust it: transforms.py reads the JSON, lenses.py the cameras,
@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 import os
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from lenses import read_intrinsics, read_lens, read_size, undistort
 from transforms import (
     TRAIN,
     WHOLE,
+    Files,
     check_cameras,
     count_frames,  # noqa: F401  # for others, who know this module alone
     frames_of,
@@ -36,6 +38,7 @@ from transforms import (
     read_frames,
     read_matrix,
     read_transforms,  # noqa: F401
+    usable_frames,
 )
 
 IMAGE_SUFFIXES = SUFFIXES
@@ -97,8 +100,8 @@ def portrait_on_white(rgb, alpha):
 def load_views(folder, split, box, downscale=1, most=None, pick=None):
     """Loads the posed images of a split as rh.Views; None where the split is empty.
 
-    The box (centre, half side) of `read_box` becomes [-1, 1]^3, with Z up. Images are shrunk by the
-    integer `downscale`. `most` and `pick` select frames: see `some_frames`.
+    The box (centre, half side) of `read_box` becomes [-1, 1]^3, turned by `world_turn`. Images are
+    shrunk by the integer `downscale`. `most` and `pick` select frames: see `some_frames`.
     """
     meta, frames = read_frames(folder, split)
     where = f'{folder}: {split} set'
@@ -201,7 +204,9 @@ def with_masks(image, frame):
     shares = []  # of each pixel that is known, 0..255
     if frame['mask']:
         share = np.asarray(beside(frame['mask'], image))
-        shares.append(255 * share if share.max() == 1 else share)
+        if share.any() and np.isin(share, (0, share.max())).all():  # of two levels: labels
+            share = np.where(share > 0, 255, 0).astype(np.uint8)
+        shares.append(share)
     if frame['moving']:
         shares.append(255 - np.asarray(beside(frame['moving'], image)))
     if not shares:
@@ -285,7 +290,13 @@ def into_box(matrices, box, turn=None):
 
 
 def check_surroundings(views, folder):
-    """Tells that an avatar has no silhouette, unless its images have a white ground."""
+    """Tells that an avatar has no silhouette, unless its images have a white ground. Stops where
+    masks hide all."""
+    if views.unknown is not None and views.unknown.all():
+        rh.stop(
+            f'{folder}: mask_path (or dynamic_mask_*.png) hides each pixel of all views; shown is '
+            'what is white in an 8-bit mask'
+        )
     if views.has_alpha:
         return
     height, width = views.images.shape[1:3]
@@ -328,17 +339,45 @@ def check_silhouettes(views, frames, folder):
         )
 
 
-# Which way is up ----------------------------------------------------------------------------------
+# Which way is up, and which in front --------------------------------------------------------------
 def world_turn(folder):
+    """Returns the rotation (3, 3) of the files' world that puts Z up and the face along -Y; None
+    where they are so."""
+    return cached_turn(str(folder), *state_of(folder))
+
+
+def up_turn(folder):
     """Returns the rotation (3, 3) of the files' world that puts Z up; None where it is up."""
-    path, _, _ = frames_of(folder, 'train')
-    status = os.stat(path)
-    return cached_turn(str(folder), status.st_mtime_ns, status.st_size)
+    return cached_up(str(folder), *state_of(folder))
+
+
+def front_turns(folder):
+    """Returns how many quarter turns about Z, to the left, the world needs in which Z is up, for
+    the face to look along -Y."""
+    return cached_front(str(folder), *state_of(folder)).turns
+
+
+def state_of(folder):
+    """Time and size of the transforms file of the training views."""
+    status = os.stat(frames_of(folder, 'train')[0])
+    return status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(2 ** 17)
-def cached_turn(folder, *_):
+def cached_turn(folder, *state):
     """See world_turn."""
+    up = cached_up(folder, *state)
+    turns = cached_front(folder, *state).turns
+    if not turns:
+        return up
+    c, s = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))[turns]
+    about_z = np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+    return about_z if up is None else about_z @ up
+
+
+@functools.lru_cache(2 ** 17)
+def cached_up(folder, *_):
+    """See up_turn."""
     path, _, numbered = frames_of(folder, 'train')
     matrices = []
     for i, frame in numbered:
@@ -501,7 +540,7 @@ def pixels_of_portrait(folder, size):
 def pixels_of_frame(folder, meta, frame, size):
     """A training frame of an avatar as a portrait, uint8 RGBA (4, size, size)."""
     image = read_view(meta, frame, 1, f'{folder}: train set').image
-    turned = np.rot90(image, quarter_turns(frame, world_turn(folder)))
+    turned = np.rot90(image, quarter_turns(frame, up_turn(folder)))
     turned = Image.fromarray(np.ascontiguousarray(turned))
     return portrait_pixels(frame['path'], turned, size)
 
@@ -536,66 +575,119 @@ def front_path(folder):
     That is the one whose camera stands most in front, level, its z axis along -Y; unless there is
     no face in it and one in another view.
     """
-    path, meta, _ = frames_of(folder, 'train')
-    status = os.stat(path)
-    return cached_front(str(folder), status.st_mtime_ns, status.st_size)
+    return cached_front(str(folder), *state_of(folder)).path
+
+
+class Front(NamedTuple):
+    """Which view shows the face, and how the world has to be turned for it."""
+    path: Path  # of the view's image
+    turns: int  # see front_turns
 
 
 @functools.lru_cache(2 ** 17)
-def cached_front(folder, *_):
-    """See front_path."""
-    meta, frames = read_frames(folder, 'train')
-    turn = world_turn(folder)
+def cached_front(folder, *state):
+    """See front_path and front_turns."""
+    path, meta, numbered = frames_of(folder, 'train')
+    up = cached_up(folder, *state)
 
-    def frontal(frame):
-        axis = frame['transform_matrix'][:3, 2] / np.linalg.norm(frame['transform_matrix'][:3, 2])
-        return -(axis if turn is None else turn @ axis)[1]
-
-    usual = max(frames, key=frontal)
+    # The usual view is looked for without a look at the files of the others.
+    towards = {}
+    for i, frame in numbered:
+        if frame.get('transform_matrix') is not None:
+            matrix = read_matrix(frame, f'{path}: transform_matrix of frame {i}')
+            towards[i] = direction_of(matrix, up)
+    files = Files(path)
+    order = sorted(towards, key=lambda i: towards[i][1])
+    frames = dict(numbered)
+    first = next((i for i in order if has_image(frames[i], files)), None)
+    if first is None:
+        read_frames(folder, 'train')  # stops, and says why
+    usual = usable_frames(path, [(first, frames[first])], files)[0]
     if 'factors' in meta:  # drawn by avatars.py: no detector knows its faces, and -Y is the front
+        return Front(usual['path'], 0)
+
+    named = frame_of_portrait(folder, path, numbered, files)
+    if named is not None:
+        return front_of(folder, named, usual, up, 'portrait.* is')
+    if face_votes_of(folder, meta, usual, up) is None:
+        why = 'without OpenCV (pip install opencv-python-headless) no face is looked for'
         found = None
     else:
-        found = frame_with_face(folder, meta, frames, usual)
+        why = 'no face is found in its views'
+        found = frame_with_face(folder, meta, usual, up)
     if found is None:
         rh.note(
-            f'{Path(folder).parent}: where no portrait.* is, and no face is found in the views '
-            f'(OpenCV), the front is along -Y: {usual["path"].name} and its like'
+            f'{Path(folder).parent}: {why}; the front is taken to be along -Y: '
+            f'{usual["path"].name} and its like'
         )
-        return usual['path']
-    return found['path']
+        return Front(usual['path'], 0)
+    return front_of(folder, found, usual, up, 'the face is in')
 
 
-def frame_with_face(folder, meta, frames, usual):
+def has_image(frame, files):
+    """Whether the image that a frame names is there."""
+    name = frame.get('file_path')
+    return bool(name) and files.find(name, 'file_path') is not None
+
+
+def direction_of(matrix, up):
+    """Returns where a camera (4, 4) stands, as a unit vector (3,) in the world with Z up."""
+    axis = matrix[:3, 2] / max(np.linalg.norm(matrix[:3, 2]), 1e-9)
+    return axis if up is None else up @ axis
+
+
+def front_of(folder, frame, usual, up, what):
+    """Makes a Front of the frame that shows the face; says so where it is not the usual one."""
+    x, y, _ = direction_of(frame['transform_matrix'], up)
+    turns = 0
+    if math.hypot(x, y) > 0.3:  # else it looks down
+        turns = -round(math.atan2(x, -y) / (math.pi / 2)) % 4
+    if turns:
+        rh.note(
+            f'{folder}: {what} {frame["path"].name}; the world is turned by '
+            f'{(0, 90, 180, -90)[turns]} degrees about Z, for the face to look along -Y'
+        )
+    elif frame['path'] != usual['path']:
+        rh.note(f'{folder}: {what} {frame["path"].name}, which is nearly along -Y')
+    return Front(frame['path'], turns)
+
+
+def frame_of_portrait(folder, path, numbered, files):
+    """Finds the training frame whose image portrait.* is, byte by byte, or None."""
+    portrait = own_portrait(folder)
+    if portrait is None:
+        return None
+    size = portrait.stat().st_size
+    for i, frame in numbered:
+        if frame.get('transform_matrix') is None or not has_image(frame, files):
+            continue
+        image = files.find(frame['file_path'], 'file_path')
+        if image.stat().st_size == size and image.read_bytes() == portrait.read_bytes():
+            return usable_frames(path, [(i, frame)], files)[0]
+    return None
+
+
+def face_votes_of(folder, meta, frame, up):
+    """How many boxes around a face the view of a frame has: see face_votes."""
+    image = read_view(meta, frame, 1, f'{folder}: train set').image
+    turned = np.rot90(image, quarter_turns(frame, up))
+    return face_votes(Image.fromarray(np.ascontiguousarray(turned)))
+
+
+def frame_with_face(folder, meta, usual, up):
     """Looks for a face in the usual view, then in others; the frame with one, or None."""
-    def votes(frame):
-        image = read_view(meta, frame, 1, f'{folder}: train set').image
-        turned = np.rot90(image, quarter_turns(frame, world_turn(folder)))
-        return face_votes(Image.fromarray(np.ascontiguousarray(turned)))
-
-    first = votes(usual)
-    if first is None:
-        return None
-    if first >= 15:  # the 176 training avatars of VALID have 19 and more, their backs 9 at most
-        return usual
-    others = some_frames(frames, 24, None)
-    found = [votes(frame) for frame in others]
+    if face_votes_of(folder, meta, usual, up) >= 15:
+        return usual  # the 176 training avatars of VALID have 19 and more, their backs 9 at most
+    others = some_frames(read_frames(folder, 'train')[1], 24, None)
+    found = [face_votes_of(folder, meta, frame, up) for frame in others]
     best = int(np.argmax(found))
-    if found[best] < 30:
-        return None
-    rh.note(f'{folder}: the face is in {others[best]["path"].name}, which is its portrait; '
-            'its world is not turned: avatars that are trained on together should look along -Y')
-    return others[best]
+    return others[best] if found[best] >= 30 else None
 
 
 def face_votes(image):
     """How many boxes OpenCV's cascades find around one face in an RGBA image; None without them."""
-    try:
-        import cv2
-        cascades = [
-            cv2.CascadeClassifier(f'{cv2.data.haarcascades}haarcascade_frontalface_{name}.xml')
-            for name in ('default', 'alt2')
-        ]
-    except (ImportError, AttributeError):
+    cascades = cascades_of(threading.get_ident())
+    if cascades is None:
         return None
     white = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('L')
     scale = 128 / max(white.size)
@@ -607,6 +699,19 @@ def face_votes(image):
         _, counts = cascade.detectMultiScale2(grey, 1.08, 1, minSize=(20, 20))
         votes += int(max(np.ravel(counts), default=0))
     return votes
+
+
+@functools.lru_cache(16)
+def cascades_of(thread):
+    """OpenCV's detectors of faces, for one thread alone, as they are not safe; None without it."""
+    try:
+        import cv2
+        return [
+            cv2.CascadeClassifier(f'{cv2.data.haarcascades}haarcascade_frontalface_{name}.xml')
+            for name in ('default', 'alt2')
+        ]
+    except (ImportError, AttributeError):
+        return None
 
 
 def list_avatars(data):

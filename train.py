@@ -403,8 +403,9 @@ def initialise(network, stage, folder):
     return trained.fingerprint
 
 
-def resume(path, settings, made_with, network, optimizer, ema, finite, log):
-    """Takes up an interrupted run from its state, if any -> the step to begin with.
+def resume(path, steps, settings, made_with, network, optimizer, ema, finite, log):
+    """Takes up an interrupted run of so many steps from its state, if any -> the step to begin
+    with.
 
     The log loses what came after that state.
     """
@@ -415,10 +416,10 @@ def resume(path, settings, made_with, network, optimizer, ema, finite, log):
         if names := running.differing(settings, state['settings']):
             rh.stop(f'{path}: an interrupted run with other settings ({", ".join(names)}); '
                     'delete it to start anew')
-        if names := running.differing(made_with, state.get('made_with', {})):
+        if names := running.differing(made_with, dict(state.get('made_with', {}))):
             rh.stop(f'{path}: an interrupted run that was made with another {" and ".join(names)}; '
                     'put back what was there, or delete it to start anew')
-        step = int(state['step'])
+        step = running.counted(state, 'step', steps)
         if step > 0:
             restore(state, network, optimizer, ema, finite)
     if log.exists() and dist.get_rank() == 0:
@@ -448,9 +449,11 @@ def restore(state, network, optimizer, ema, finite):
         if x.shape != ema.shadow[name].shape:
             raise ValueError(f'{name} of the EMA is {tuple(x.shape)}')
     ema.shadow = {n: x.clone().to(ema.shadow[n].device) for n, x in state['ema'].items()}
-    ema.updates = state['updates']
-    finite.skipped = state['skipped']
-    finite.row = state['row']
+    running.check_finite(state['model'], 'the model')
+    running.check_finite(ema.shadow, 'the EMA')
+    ema.updates = running.counted(state, 'updates')
+    finite.skipped = running.counted(state, 'skipped')
+    finite.row = running.counted(state, 'row')
 
 
 def write_picture(path, image):
@@ -501,7 +504,9 @@ def train(args, config, rank, world, device):
         'data': zlib.crc32(names.encode(errors='surrogateescape')),
         'init': args.init and str(args.init),
     }
-    begin = resume(state_path, settings, made_with, network, optimizer, ema, finite, log)
+    begin = resume(
+        state_path, steps, settings, made_with, network, optimizer, ema, finite, log
+    )
 
     if args.compile:
         network.compile()

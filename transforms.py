@@ -86,6 +86,7 @@ def usable_frames(path, numbered, files=None):
     files: the Files of that path, if they are there already.
     """
     files = files or Files(path)
+    mask_of_all = read_meta(path).get('mask_path')
     frames = []
     matrices = []
     missing = []
@@ -97,11 +98,12 @@ def usable_frames(path, numbered, files=None):
             continue
 
         matrices.append(read_matrix(frame, f'{path}: transform_matrix of frame {i}'))
-        mask = frame.get('mask_path')
-        if mask is not None:
-            mask = files.find(mask, 'mask_path')
-            if mask is None:
-                rh.stop(f'{path}: mask_path {frame["mask_path"]!a} of frame {i} is missing')
+        named = frame.get('mask_path')
+        if named is None:
+            named = mask_of_all
+        mask = None if named is None else files.find(named, 'mask_path')
+        if named is not None and mask is None:
+            rh.stop(f'{path}: mask_path {named!a} of frame {i} is missing')
         frames.append({
             **frame,
             'transform_matrix': matrices[-1],
@@ -137,7 +139,9 @@ def read_matrix(frame, where):
     """
     matrix = np.zeros(0)
     with contextlib.suppress(TypeError, ValueError, ArithmeticError):
-        matrix = np.array(frame.get('transform_matrix'), dtype=np.float64)
+        given = np.array(frame.get('transform_matrix'), dtype=object)
+        if not any(isinstance(value, bool) for value in given.flat):
+            matrix = given.astype(np.float64)
     if matrix.size in (12, 16) and matrix.shape in ((12,), (16,), (3, 4), (4, 4)):
         matrix = matrix.reshape(-1, 4)
         matrix = np.concatenate([matrix, np.eye(4)[len(matrix):]])

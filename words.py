@@ -267,12 +267,20 @@ def read_table(path):
     return table
 
 
+def avatars_of(data):
+    """Finds {portrait path: folder} of the avatars in a folder; {} where it holds none."""
+    data = Path(data)
+    if any(data.glob('transforms*.json')) or any(data.glob('*/transforms*.json')):
+        return {scenes.portrait_path(folder): folder for folder in scenes.list_avatars(data)}
+    return {}
+
+
 def find_portraits(data):
     """Finds [(name, image path, path of its caption)] in a folder of images, or of avatars,
     whose portraits these are."""
-    if any(data.glob('transforms*.json')) or any(data.glob('*/transforms*.json')):
-        folders = scenes.list_avatars(data)
-        return [(f.name, scenes.portrait_path(f), f / 'caption.txt') for f in folders]
+    avatars = avatars_of(data)
+    if avatars:
+        return [(f.name, path, f / 'caption.txt') for path, f in avatars.items()]
     paths = sorted(p for p in data.glob('*') if p.suffix.lower() in scenes.IMAGE_SUFFIXES)
     return [(path.name, path, path.with_suffix('.txt')) for path in paths]
 
@@ -299,9 +307,14 @@ def read_captions(data, trigger):
 
 class Captioned(torch.utils.data.Dataset):
     """Portraits on white, image (3, S, S) in [-1, 1], with their captions as the tokenizer's ids
-    (L,)."""
-    def __init__(self, pairs, size, tokenize):
+    (L,).
+
+    avatars: {image path: folder} of the portraits that are avatars', whose frames are turned by
+    their pose and not by EXIF.
+    """
+    def __init__(self, pairs, size, tokenize, avatars=None):
         self.size = size
+        self.avatars = avatars or {}
         self.made_with = {}  # the captions are among the Settings
         self.paths, self.captions = zip(*pairs)
         self.ids = tokenize(list(self.captions))
@@ -314,7 +327,11 @@ class Captioned(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        rgb, alpha = scenes.read_portrait(self.paths[i], self.size)
+        path = self.paths[i]
+        if path in self.avatars:
+            rgb, alpha = scenes.portrait_of(self.avatars[path], self.size)
+        else:
+            rgb, alpha = scenes.read_portrait(path, self.size)
         return {'image': scenes.portrait_on_white(rgb, alpha), 'ids': self.ids[i]}
 
 
@@ -385,7 +402,7 @@ def prepare_lora(args, config, device):
         return pipe.tokenizer(texts, **how).input_ids
 
     network = Adapter(pipe.unet)
-    items = Captioned(pairs, size, tokenize)
+    items = Captioned(pairs, size, tokenize, avatars_of(args.data))
     no_words = tokenize([''])[0]
     config.captions = zlib.crc32('\n'.join(items.captions).encode())
 

@@ -107,21 +107,22 @@ def view(planes, decoder, args, azimuth=0):
     return render(field, grid, camera_at(azimuth, args), decoder.config, args).rgb
 
 
-def fitted(folder, most=None):
-    """Reads {avatar: planes (3, C, R, R)} of a folder of fit.py."""
+def fitted(folder, decoder=None, most=None):
+    """Reads {avatar: planes (3, C, R, R)} of a folder of fit.py, which must be of the decoder."""
     paths = sorted(p for p in folder.glob('*.pt') if p.name != 'decoder.pt')[:most]
     if not paths:
         rh.stop(f'{folder}: holds no planes of fit.py')
     planes = {}
     for path in paths:
-        planes[path.stem] = running.read_checkpoint(path, 'planes')['planes'].float()
+        planes[path.stem] = running.read_planes(path, decoder)['planes'].float()
     return planes
 
 
 def first_fitted(folder, args):
     """Reads the planes of a folder's first avatar, and its decoder."""
-    planes, = fitted(folder, 1).values()
-    return planes, running.load_model('decoder', folder, args.device)
+    decoder = running.load_model('decoder', folder, args.device)
+    planes, = fitted(folder, decoder, most=1).values()
+    return planes, decoder
 
 
 def load_models(args):
@@ -356,7 +357,8 @@ def neighbours(args):
     """
     models = load_models(args)
     decoder = running.load_model('decoder', args.fits[0], args.device)
-    known = [view(planes, decoder, args) for planes in fitted(args.fits[0]).values()]
+    planes_of = fitted(args.fits[0], decoder)
+    known = [view(planes, decoder, args) for planes in planes_of.values()]
     rows = []
     for i in range(len(args.portrait or ()) or 1):
         planes = rh.generate(models, portrait(args, models, i), seed=args.seed).planes[0]
@@ -399,8 +401,8 @@ def meshes(args):
             f'meshes are drawn with the {error.name} package: '
             'pip install trimesh embreex scikit-image fast-simplification'
         )
-    planes = fitted(args.fits[0])
     decoder = running.load_model('decoder', args.fits[0], args.device)
+    planes = fitted(args.fits[0], decoder)
     rows, numbers = [], {}
     for name in list(planes)[::max(len(planes) // 3, 1)][:3]:
         field = rh.PlaneField(planes[name].to(args.device), decoder)

@@ -286,6 +286,7 @@ def test_the_same_seed_gives_the_same_planes(data, tiny):
         for _ in range(2)
     )
     assert torch.equal(a, b)
+    assert torch.equal(start, rh.new_planes(decoder, tiny, generator(1)))
 
 
 def as_in_the_paper():
@@ -546,6 +547,12 @@ def test_replay_for_seconds(brief, two_views):
     visits = [n for n, _ in run.replay(seconds=1e-6)]
     assert visits == [0, 1, 2, 3]
     assert len(run.tasks.active) == 4
+
+
+def test_replay_for_seconds_is_of_one_rank(brief, two_views):
+    run = Run(brief, [two_views[0], None])
+    with pytest.raises(rh.Stop, match='seconds are for a single rank'):
+        list(run.replay(seconds=1e-6))
 
 
 def test_a_rank_without_a_task_keeps_pace(brief, two_views):

@@ -184,6 +184,8 @@ def test_what_a_lens_does_not_see_is_unknown_and_not_empty(case):
     (dict(k1=-50), 'sees too little'),
     (dict(rolling_shutter=[0, 0, 0.1, 0]), 'rolling_shutter'),
     (dict(from_na=True), 'from_na'),
+    (dict(is_fisheye='no'), "is_fisheye must be true or false, not 'no'"),
+    (dict(camera_model=['OPENCV']), 'is not supported'),
 ])
 def test_lenses_that_are_refused(case, values, message):
     case.meta.update(values)
@@ -223,6 +225,8 @@ def test_focal_lengths_of_frame_and_file(case, file, frame):
     (dict(cx=1e300), 'far outside'),
     (dict(cx=float('nan')), 'finite number'),
     (dict(h=2 * SIZE), 'says 64 x 128'),
+    (dict(camera_angle_x=None, fl_x=FOCAL / SIZE), 'fl_x (or the angle) must be positive'),
+    (dict(cx=0.5, cy=0.5), 'look like shares of the image'),
 ])
 def test_cameras_that_cannot_be(case, values, message):
     case.meta.update(values)
@@ -272,7 +276,35 @@ def test_masks_of_instant_ngp_are_white(case):
     assert not unknown[:, 9:].any()
 
 
+def palette(labels):
+    image = Image.fromarray(labels.astype(np.uint8))
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize('make', [
+    lambda labels: Image.fromarray(labels > 0),  # 1 bit
+    lambda labels: Image.fromarray(255 * labels).convert('P'),
+    lambda labels: Image.fromarray(labels.astype(np.uint16) * 65535),
+    lambda labels: Image.fromarray(labels.astype(np.uint16) * 255),
+    lambda labels: Image.fromarray(255 * labels[::2, ::2]),  # of half the size
+    palette,
+], ids=['bit', 'palette', '16 bits', 'dark 16 bits', 'half', 'labels'])
+def test_masks_of_all_kinds(case, make):
+    labels = np.ones((SIZE, SIZE), np.uint8)
+    labels[:, :10] = 0
+    make(labels).save(case.folder / 'mask.png')
+    case.meta['mask_path'] = 'mask.png'  # of all frames
+    views = case.views()
+    assert torch.equal(views.unknown, torch.from_numpy(labels == 0).expand(8, SIZE, SIZE))
+    is_plain(views, case.plain())
+
+
 def test_masks_that_cannot_be(case):
+    Image.new('L', (SIZE, SIZE)).save(case.folder / 'black.png')
+    case.meta['mask_path'] = 'black.png'
+    assert 'hides each pixel of all views' in case.refusal()
+    del case.meta['mask_path']
     case.frames[1]['mask_path'] = 'none.png'
     assert "mask_path 'none.png' of frame 1 is missing" in case.refusal()
     case.frames[1]['mask_path'] = 'mask.png'
@@ -404,6 +436,11 @@ def test_poses_that_cannot_be(case, change, message):
     assert message in case.refusal()
 
 
+def test_a_matrix_holds_numbers(case):
+    case.frames[1]['transform_matrix'][0][3] = True
+    assert 'transform_matrix of frame 1 is not a finite 4 x 4 matrix' in case.refusal()
+
+
 def test_silhouettes_that_do_not_meet(case):
     """The ball is at the right of all images: it cannot be there from behind, too."""
     case.draw(lambda image: Image.fromarray(np.roll(np.array(image), 24, axis=1)))
@@ -448,6 +485,61 @@ def test_worlds_with_y_up(case, capsys):
     case.matrices(lambda matrix: turn @ matrix)
     views = case.views()
     assert torch.allclose(views.c2w[:, 2, 0], torch.zeros(8), atol=1e-5)
+
+
+def looking_along_x(case):
+    """Turns the ball's world: what was in front, at -Y, is at +X."""
+    turn = np.eye(4)
+    turn[:2, :2] = [[0, -1], [1, 0]]
+    case.matrices(lambda matrix: turn @ matrix)
+    case.write()
+
+
+def sees_face_in(monkeypatch, path):
+    """A detector that finds a face in this image alone."""
+    face = np.asarray(Image.open(path).convert('RGBA'))
+    monkeypatch.setattr(
+        scenes, 'face_votes', lambda image: 50 * np.array_equal(np.asarray(image), face)
+    )
+
+
+def test_worlds_whose_face_looks_along_x_are_turned(case, capsys, monkeypatch):
+    looking_along_x(case)
+    sees_face_in(monkeypatch, case.folder / 'r_0.png')
+    is_plain(case.views(), case.plain())
+    assert scenes.portrait_path(case.folder).name == 'r_0.png'
+    said = 'the face is in r_0.png; the world is turned by -90 degrees about Z'
+    assert said in capsys.readouterr().err
+
+    view = scenes.load_view(case.folder, scenes.read_box(case.folder), 1, lambda height: 1)
+    assert torch.equal(view.c2w[0], case.views().c2w[1])
+
+
+def test_a_face_nearly_in_front_turns_nothing(case, monkeypatch):
+    sees_face_in(monkeypatch, case.folder / 'r_1.png')
+    is_plain(case.views(), case.plain())
+    assert scenes.portrait_path(case.folder).name == 'r_1.png'
+
+
+def test_a_portrait_that_is_a_view_tells_the_front(case, monkeypatch):
+    looking_along_x(case)
+    monkeypatch.setattr(scenes, 'face_votes', lambda image: None)
+    shutil.copy(case.folder / 'r_0.png', case.folder / 'portrait.png')
+    is_plain(case.views(), case.plain())
+    assert scenes.portrait_path(case.folder).name == 'portrait.png'
+
+
+@pytest.mark.parametrize(('votes', 'reason'), [
+    (None, 'without OpenCV (pip install opencv-python-headless) no face is looked for'),
+    (0, 'no face is found in its views'),
+])
+def test_a_front_that_nothing_tells_is_said(case, monkeypatch, capsys, votes, reason):
+    looking_along_x(case)
+    monkeypatch.setattr(scenes, 'face_votes', lambda image: votes)
+    turned = case.views().c2w[0, :3, 3]
+    x, y, z = case.plain().c2w[0, :3, 3]
+    assert torch.allclose(turned, torch.stack([-y, x, z]), atol=1e-4)
+    assert f'{reason}; the front is taken to be along -Y' in capsys.readouterr().err
 
 
 def test_frames_are_not_turned_by_exif_but_by_their_pose(case):

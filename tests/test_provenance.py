@@ -148,6 +148,28 @@ def test_planes_of_others_of_the_same_name_are_noticed(copy):
     running.read_planes(path, None, one)
 
 
+def test_images_that_were_edited_are_noticed(copy):
+    """Their times tell where to look; a copy of the same bytes is the same."""
+    folder = copy / 'data/avatar_0000'
+    path = copy / 'fits/avatar_0000.pt'
+    image = folder / 'train/r_003.png'
+    os.utime(image, (1, 1))
+    running.read_planes(path, None, folder)
+
+    data = bytearray(image.read_bytes())
+    data[-1] ^= 1  # of the same size
+    image.write_bytes(data)
+    refused(lambda: running.read_planes(path, None, folder), path, folder, 'other images')
+
+
+def test_another_front_is_noticed(copy, monkeypatch):
+    folder = copy / 'data/avatar_0000'
+    path = copy / 'fits/avatar_0000.pt'
+    monkeypatch.setattr(scenes, 'front_turns', lambda folder: 1)
+    refused(lambda: running.read_planes(path, None, folder), path, folder, 'front elsewhere')
+    refused(lambda: fitting(copy, '--count', '1'), path, folder, 'other images')
+
+
 def fitting(copy, *more):
     options = ['--preset', 'tiny', *folders_of(copy, runs=False), *more, '--set', *NO_TRAINING]
     fit.main(fit.parse(options))
@@ -348,9 +370,59 @@ def test_a_state_that_lacks_something_ends_in_one_line(copy, tiny):
     for content in ({}, {'settings': {}}, {'settings': {}, 'step': 1}, {'settings': 3}):
         running.write_checkpoint(path, 'x-state', content)
         resume = lambda: train.resume(
-            path, {'a': 1}, {}, network, optimizer, running.EMA(network, 0.9), None, copy / 'no'
+            path, 9, {'a': 1}, {}, network, optimizer, running.EMA(network, 0.9), None, copy / 'no'
         )
         refused(resume, path, 'delete it')
+
+
+def changed(content, *keys, to):
+    """Nested dicts and lists with another value in one place."""
+    key, *others = keys
+    copied = content.copy()
+    copied[key] = changed(content[key], *others, to=to) if others else to
+    return copied
+
+
+@pytest.mark.parametrize(('keys', 'value'), [
+    (('step',), 10), (('step',), -1), (('step',), 2.5), (('step',), math.nan), (('step',), True),
+    (('updates',), 'a'), (('updates',), -1), (('skipped',), 'a'), (('row',), math.nan),
+    (('model', 'weight'), torch.full((2, 2), math.nan)),
+    (('ema', 'weight'), torch.full((2, 2), math.inf)),
+    (('optimizer', 'state', 0, 'exp_avg'), torch.full((2, 2), math.nan)),
+    (('optimizer', 'state', 0, 'exp_avg_sq'), torch.full((2, 2), -1.0)),
+    (('optimizer', 'state', 0, 'step'), torch.tensor(-3.0)),
+    (('made_with',), 5), (('settings',), None),
+])
+def test_hostile_numbers_of_a_state_end_in_one_line(tmp_path, keys, value):
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    ema = running.EMA(network, 0.9)
+    state = {
+        'settings': {'a': 1}, 'made_with': {}, 'step': 3, 'updates': 3, 'skipped': 0, 'row': 0,
+        'model': network.state_dict(), 'ema': ema.shadow, 'optimizer': optimizer.state_dict(),
+    }
+    path = tmp_path / 'x-state.pt'
+
+    def resume(content):
+        running.write_checkpoint(path, 'x-state', content)
+        finite = rh.Finite('x')
+        settings = {'a': 1}
+        no_log = tmp_path / 'no'
+        return train.resume(path, 9, settings, {}, network, optimizer, ema, finite, no_log)
+
+    assert resume(state) == 3
+    refused(lambda: resume(changed(state, *keys, to=value)), path, 'delete it')
+
+
+def test_settings_of_an_optimizer_are_not_those_of_a_file():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([p], lr=0.5)
+    state = optimizer.state_dict()
+    running.load_optimizer(optimizer, changed(state, 'param_groups', 0, 'betas', to='ab'))
+    assert optimizer.param_groups[0]['betas'] == (0.9, 0.999)
+    assert optimizer.param_groups[0]['lr'] == 0.5
 
 
 def test_an_optimizer_is_taken_up_as_it_was():
@@ -428,8 +500,8 @@ def test_planes_are_checked_in_every_file(copy, tiny):
     wrong = {
         'planes': (torch.zeros(3, 8, 32, 16).half(), torch.zeros(3, 8, 32, 32), wide, 3, None),
         'low': (good['low'].transpose(2, 3), torch.zeros(3, 8, 8, 8, dtype=torch.int16)),
-        'centre': (torch.zeros(2), torch.full((3,), math.nan), None, 'a'),
-        'half': (0.0, -1.0, math.inf, math.nan, 'a', None),
+        'centre': (torch.zeros(2), torch.full((3,), math.nan), torch.full((3,), 1e30), [0] * 3),
+        'half': (0.0, -1.0, 1e-45, math.inf, math.nan, True, torch.ones(1), 'a', None),
     }
     for name, values in wrong.items():
         for value in values:

@@ -41,18 +41,23 @@ def start(program, *args, ranks=0, torchrun=(), cwd=None):
     )
 
 
+# Seconds in which any process here ends, on a machine that does twenty other things; who takes
+# longer hangs
+LONG = 1200
+
+
 def assert_ended_in_one_line(process, beginning, part=''):
     """Waits for a process: it must fail, and say so in one line."""
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 1, err
     assert err.startswith(beginning), err
     assert part in err, err
     assert err.count('\n') == 1, err
 
 
-def assert_succeeds(process, timeout):
-    """Waits at most so many seconds for a process, which must succeed."""
-    _, err = process.communicate(timeout=timeout)
+def assert_succeeds(process):
+    """Waits for a process, which must succeed."""
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 0, err[-2000:]
 
 
@@ -218,9 +223,9 @@ def test_three_ranks_do_the_mathematics_of_one(trained):
     """
     settings = ('base_steps=20', 'base_batch=4')
     train.main(train.parse(training(trained, 'one', 'base', *settings)))
-    one_at_a_time = ['--micro-batch', 1]
+    one_at_a_time = ['--micro-batch', 1, '--patience', LONG / 60]
     three_ranks = training(trained, 'three', 'base', *settings, options=one_at_a_time)
-    assert_succeeds(start(ROOT / 'train.py', *three_ranks, ranks=3), timeout=240)
+    assert_succeeds(start(ROOT / 'train.py', *three_ranks, ranks=3))
 
     weights = []
     for runs in ('one', 'three'):
@@ -306,7 +311,8 @@ def test_training_skips_a_batch_that_is_not_finite(trained, monkeypatch):
 
 @pytest.mark.parametrize('restarts', [0, 3])
 def test_a_rank_that_dies(trained, restarts):
-    """The job ends within a minute; with restarts it goes on from the checkpoint, to the end."""
+    """The job ends long before a rank would lose its patience (240 s); with restarts it goes on
+    from the checkpoint, to the end."""
     runs = f'dies{restarts}'
     settings = ('vae_steps=30', 'vae_batch=2')
     process = start(
@@ -318,7 +324,7 @@ def test_a_rank_that_dies(trained, restarts):
 
     # Kill one of the ranks after the first checkpoint
     state = trained / runs / 'vae-state.pt'
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONG
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     pgrep = ['pgrep', '-P', str(process.pid)]
@@ -326,7 +332,7 @@ def test_a_rank_that_dies(trained, restarts):
     os.kill(int(children[-1]), signal.SIGKILL)
     killed = time.monotonic()
     try:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=LONG)
     finally:
         process.terminate()  # torchrun ends its ranks
 
@@ -337,7 +343,7 @@ def test_a_rank_that_dies(trained, restarts):
         assert steps == list(range(30))
     else:
         assert process.returncode != 0
-        assert time.monotonic() - killed < 60
+        assert time.monotonic() - killed < 180
         assert steps == list(range(len(steps)))
 
 

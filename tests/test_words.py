@@ -24,6 +24,7 @@ import batches  # noqa: E402
 import rodinhd as rh  # noqa: E402
 import running  # noqa: E402
 import sample  # noqa: E402
+import scenes  # noqa: E402
 import train  # noqa: E402
 import watching  # noqa: E402
 import words  # noqa: E402
@@ -442,6 +443,26 @@ def test_captions_of_avatars(data, tmp_path):
         ('avatar_0000', 'Blender Synthetic Avata'),
         ('avatar_0001', 'Blender Synthetic Avata, a woman'),
     ]
+
+
+def test_frames_of_avatars_are_not_turned_by_exif(data, tmp_path):
+    """Portraits are, and frames, which poses belong to, are not."""
+    avatars = shutil.copytree(data, tmp_path / 'avatars')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    def image_of(avatar):
+        pairs = words.read_captions(avatars, 'T')
+        items = words.Captioned(pairs, 64, lambda texts: texts, words.avatars_of(avatars))
+        return items[avatar]['image']
+
+    plain = [image_of(0), image_of(1)]
+    frame = scenes.portrait_path(avatars / 'avatar_0000')
+    own = avatars / 'avatar_0001/portrait.png'
+    Image.open(scenes.portrait_path(avatars / 'avatar_0001')).save(own, exif=exif)
+    Image.open(frame).save(frame, exif=exif)
+    assert torch.equal(image_of(0), plain[0])
+    assert torch.equal(image_of(1), plain[1].rot90(-1, (1, 2)))
 
 
 # What is refused ----------------------------------------------------------------------------------
