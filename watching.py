@@ -36,12 +36,13 @@ class Fixed(NamedTuple):
 
 def fixed_of(stage, prepare, args, config, device, size):
     """The Fixed of a stage: of the avatars of --held-out, else of those that are trained on."""
+    data, draw, *_ = stage  # of train.py or of latents.py
     if not args.held_out:
-        return Fixed('fixed', stage.data, stage.draw, size)
+        return Fixed('fixed', data, draw, size)
     others = argparse.Namespace(**{**vars(args), 'data': args.held_out})
     with torch.random.fork_rng():  # it makes a network, too
-        stage = prepare(others, config, device)
-    return Fixed('held_out', stage.data, stage.draw, size)
+        data, draw, *_ = prepare(others, config, device)
+    return Fixed('held_out', data, draw, size)
 
 
 @torch.no_grad()
