@@ -40,7 +40,7 @@ import rodinhd as rh
 import running
 import scenes
 import watching
-from meshes import mesh_of
+from meshes import TEXTURE, TRIANGLES, mesh_of
 from refiner import side_of
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +86,21 @@ def save_numbers(path, numbers):
         return
     running.write_json(path.with_suffix('.json'), numbers)
     print(f'written: {path}, {path.with_suffix(".json")}')
+
+
+def about(args):
+    """What numbers are of: the command, in which a path from the root is its last part alone, the
+    seed, the commit and the machine; avatars come into it."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in args.words]
+    ask = ['git', 'rev-parse', '--short', 'HEAD']
+    answer = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
+    return {
+        'command': ' '.join(['python -m papers.figures', *words]),
+        'seed': args.seed,
+        'commit': answer.stdout.strip() or 'unknown',
+        'machine': f'{os.cpu_count()} CPU cores, PyTorch {torch.__version__}',
+        'avatars': {},
+    }
 
 
 def camera_at(azimuth, args, elevation=5):
@@ -371,18 +386,24 @@ def neighbours(args):
 
 # Meshes -------------------------------------------------------------------------------------------
 def draw_mesh(mesh, camera, size):
-    """Casts a ray through each pixel at a mesh -> image (size, size, 3), and hits (size^2,)."""
+    """Casts a ray through each pixel at a mesh with a texture -> image (size, size, 3), and hits
+    (size^2,)."""
     import trimesh
     rays_o, rays_d = rh.view_rays(*camera, size, size)
     points, ray, face = mesh.ray.intersects_location(
         rays_o.numpy(), rays_d.numpy(), multiple_hits=False
     )
     weights = trimesh.triangles.points_to_barycentric(mesh.triangles[face], points)
-    corners = mesh.visual.vertex_colors[mesh.faces[face]][:, :, :3] / 255  # (hits, 3, 3)
-    colours = torch.tensor(weights[:, None] @ corners, dtype=torch.float32)[:, 0]
+    uv = (mesh.visual.uv[mesh.faces[face]] * weights[..., None]).sum(1)  # (hits, 2), v goes up
+    texture = np.array(mesh.visual.material.baseColorTexture.convert('RGB')) / 255
+    texels = torch.tensor(texture, dtype=torch.float32).permute(2, 0, 1)
+    places = torch.tensor(uv * [2, -2] + [-1, 1], dtype=torch.float32)
+    looked_up = F.grid_sample(
+        texels[None], places[None, None], align_corners=False, padding_mode='border'
+    )
 
     image = torch.ones(size ** 2, 3)
-    image[ray] = colours
+    image[ray] = looked_up[0, :, 0].T
     solid = torch.zeros(size ** 2, dtype=torch.bool)
     solid[ray] = True
     return image.view(size, size, 3), solid
@@ -391,23 +412,25 @@ def draw_mesh(mesh, camera, size):
 def meshes(args):
     """Draws three avatars of --fits (one folder) from four sides, as volumes and as meshes.
 
-    Meshes have 20,000 triangles. The numbers are the overlap of their silhouettes, and PSNR.
+    Meshes are as sample.py --mesh writes them: 10,000 triangles with a texture. The numbers are the
+    overlap of their silhouettes, and PSNR.
     """
     try:
         import embreex  # noqa: F401
         import trimesh  # noqa: F401
+        import xatlas  # noqa: F401
     except ImportError as error:
         rh.stop(
             f'meshes are drawn with the {error.name} package: '
-            'pip install trimesh embreex scikit-image fast-simplification'
+            'pip install trimesh embreex scikit-image fast-simplification xatlas'
         )
     decoder = running.load_model('decoder', args.fits[0], args.device)
     planes = fitted(args.fits[0], decoder)
-    rows, numbers = [], {}
+    rows, numbers = [], about(args)
     for name in list(planes)[::max(len(planes) // 3, 1)][:3]:
         field = rh.PlaneField(planes[name].to(args.device), decoder)
         grid = rh.grid_for(field, decoder.config, args.device)
-        mesh = mesh_of(field, grid, triangles=20000)
+        mesh = mesh_of(field, grid, triangles=TRIANGLES, texture=TEXTURE)
 
         volume = []
         surface = []
@@ -423,7 +446,7 @@ def meshes(args):
             volume.append(picture.rgb)
             surface.append(image)
         rows += [volume, surface]
-        numbers[name] = {
+        numbers['avatars'][name] = {
             'PSNR': np.mean(psnrs),
             'overlap': np.mean(overlaps),
             'triangles': len(mesh.faces),
@@ -558,10 +581,9 @@ def views(args):
 def write_views(found, args):
     """Writes what was found of the avatars so far to results/views.json."""
     means = {n: float(np.mean([x['PSNR'][n] for x in found.values()])) for n in (1, 2, 3)}
-    command = ' '.join(['python -m papers.figures', *map(str, args.words)])
-    about = {'command': command, 'seed': args.seed, **provenance_of_figures()}
     path = ROOT / 'results' / 'views.json'
-    running.write_json(path, {**about, 'PSNR of 1, 2, 3 photographs': means, 'avatars': found})
+    numbers = {**about(args), 'PSNR of 1, 2, 3 photographs': means, 'avatars': found}
+    running.write_json(path, numbers)
 
 
 def pictures_of(field, grid, views, args):
@@ -579,14 +601,6 @@ def resized(image, side):
     """A portrait (3, P, P) in [-1, 1] as a picture (side, side, 3) in 0..1."""
     shrunk = F.interpolate(image[None] / 2 + 0.5, size=side, mode='area')[0]
     return shrunk.permute(1, 2, 0)
-
-
-def provenance_of_figures():
-    """The commit and the machine that numbers are of."""
-    ask = ['git', 'rev-parse', '--short', 'HEAD']
-    answer = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
-    machine = f'{os.cpu_count()} CPU cores, PyTorch {torch.__version__}'
-    return {'commit': answer.stdout.strip() or 'unknown', 'machine': machine}
 
 
 # The command --------------------------------------------------------------------------------------

@@ -512,7 +512,7 @@ def test_further_photographs(walk, monkeypatch, capsys):
     monkeypatch.setattr(likeness, 'TURNS', (0, 5))
     monkeypatch.setattr(likeness, 'HEIGHTS', (0,))
     how = '--portrait', FIRST, '--refine', 2, *ONE_FRAME, '--name'
-    view = FIRST.replace('r_000', 'r_001')
+    view = FIRST.replace('/r_000', '/r_001')
     run(sample, *how, 'further', '--view', f'{view}:-60', '--count', 2)
     run(sample, *how, 'alone', '--count', 2)
     printed = capsys.readouterr().out
