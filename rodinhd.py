@@ -2004,7 +2004,7 @@ class PooledEmbedding(nn.Module):
         self.patch = nn.Conv2d(channels, width, side, stride=side, bias=False)
         self.norm = nn.LayerNorm(width)
         self.norm_out = nn.LayerNorm(emb)
-        self.query = nn.Parameter(torch.randn(width) / width ** 0.5)
+        self.query = nn.Parameter(torch.randn(width).div_(width ** 0.5))
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
         self.v = nn.Linear(width, width)
@@ -2410,8 +2410,8 @@ class UpsampleUNet(UNet):
         shortcut = self.out.conv_shortcut  # from (h, lr) to planes
         C = shortcut.out_channels
         nn.init.zeros_(shortcut.bias)
-        keeps_lr = torch.cat([torch.zeros(C, C), torch.eye(C)], dim=1)
-        shortcut.weight[..., 0, 0] = keeps_lr
+        nn.init.zeros_(shortcut.weight)
+        shortcut.weight[:, C:, 0, 0].diagonal().fill_(1)  # of lr, whose channels are the last
 
     def layers_at(self, height, c_in, c_out, middle=False):
         config = self.config

@@ -279,7 +279,11 @@ def test_networks_use_their_condition_cache_it_and_compile(tiny, build):
         other = network(x, TIMES, portrait._replace(maps=maps))
         assert not torch.allclose(out, other, atol=1e-5)
 
-    network.compile(backend='eager', fullgraph=True)  # one graph without a break; no compiler
+    # One graph without a break; no compiler. Two levels have layers of all kinds
+    levels = ['base_mult=1,1', 'base_attention=8,4', 'up_mult=1,2']
+    network = shaken(build(rh.make_config('tiny', levels)))
+    out = network(x, TIMES, portrait)
+    network.compile(backend='eager', fullgraph=True)
     assert torch.allclose(out, network(x, TIMES, portrait), atol=1e-5)
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 
+import forks
 import pytest
 import torch
 from conftest import ROOT
@@ -204,7 +205,8 @@ def test_a_finished_decoder_is_of_its_seed_and_images(copy):
 
 def test_an_interrupted_stage_goes_on_with_what_it_began_with(copy, tiny):
     options = ['--stage', 'base', '--preset', 'tiny', *folders_of(copy), '--save-every', '1']
-    args = train.parse([*options, '--set', *NO_TRAINING])
+    brief = [*NO_TRAINING, 'steps=16', 'grid=8', 'sample_steps=2']  # pictures, above all
+    args = train.parse([*options, '--set', *brief])
     train.main(args)
     train.main(args)
     assert running.load_model('base', copy / 'runs', 'cpu').made_with.keys() >= {'decoder', 'vae'}
@@ -249,37 +251,23 @@ def test_only_a_lock_of_another_process_is_respected(tmp_path, monkeypatch, numb
         assert found == mine
 
 
-def hold(path):
-    """Starts a process that holds the claim of a path until it is killed."""
-    program = (
-        'import running, sys, time\n'
-        'with running.claim(sys.argv[1]) as mine:\n'
-        '    print(mine, flush=True)\n'
-        '    time.sleep(300)\n'
-    )
-    command = [sys.executable, '-c', program, str(path)]
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-    assert process.stdout.readline() == 'True\n'
-    return process
-
-
 def test_what_another_process_holds_comes_last_or_is_said(tmp_path, monkeypatch):
-    holder = hold(tmp_path / 'b')
+    running.start('cpu')
+    holder = forks.hold(tmp_path / 'b')
     left = []
     clock = iter(range(0, 10 ** 6, 5))
     with monkeypatch.context() as patched:
         patched.setattr(running.time, 'monotonic', lambda: next(clock))
         found = list(running.claimed('abc', lambda name: tmp_path / name, left))
     assert (found, left) == (['a', 'c'], ['b'])
-    refused(lambda: fit.say_what_is_left([tmp_path / 'b'], 3), '1 of 3 avatars not fitted')
+    refused(lambda: fit.say_what_is_left([tmp_path / 'b'], {}, 3), '1 of 3 avatars not fitted')
 
     left = []
     found = []
     for name in running.claimed('abc', lambda name: tmp_path / name, left):
         found.append(name)
         holder.kill()
-        holder.wait()
+        holder.join()
     assert (found, left) == (['a', 'c', 'b'], []) or (found, left) == (['a', 'b', 'c'], [])
 
 

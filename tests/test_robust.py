@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -56,33 +57,19 @@ def assert_ended_in_one_line(process, beginning, part=''):
 
 
 def assert_succeeds(process):
-    """Waits for a process, which must succeed."""
-    _, err = process.communicate(timeout=LONG)
-    assert process.returncode == 0, err[-2000:]
+    """Waits for a fork, which must succeed."""
+    process.join(LONG)
+    assert process.exitcode == 0
 
 
 # Files --------------------------------------------------------------------------------------------
-FILLS_THE_DISK = '''
-import resource
-import sys
-import torch
-import running
-
-running.start('cpu')
-running.write_checkpoint('a.pt', 'x', {'n': 1})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-if sys.argv[1] == 'checkpoint':
-    running.write_checkpoint('a.pt', 'x', {'n': torch.zeros(10 ** 6)})
-with running.atomic('a.pt') as temporary:
-    temporary.write_bytes(bytes(10 ** 6))
-'''
-
-
 @pytest.mark.parametrize('kind', ['checkpoint', 'bytes'])
 def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path, kind):
     """Files may not grow over 100 kB: as on a full disk, the write begins and fails."""
-    process = start(FILLS_THE_DISK, kind, cwd=tmp_path)
-    assert_ended_in_one_line(process, 'error: a.pt: cannot be written')
+    running.write_checkpoint(tmp_path / 'a.pt', 'x', {'n': 1})
+    message = forks.refusal(forks.fill_the_disk, tmp_path / 'a.pt', kind)
+    assert message.startswith(f'{tmp_path}/a.pt: cannot be written')
+    assert '\n' not in message
     assert running.read_checkpoint(tmp_path / 'a.pt', 'x')['n'] == 1
     assert [path.name for path in tmp_path.iterdir()] == ['a.pt']
 
@@ -118,26 +105,14 @@ def test_functions_raise_an_exception_that_callers_can_catch():
         rh.make_config('tiny', ['nothing=1'])
 
 
-CLAIMS = '''
-import sys
-import time
-import running
-
-with running.claim(sys.argv[1]) as mine:
-    print(mine, flush=True)
-    time.sleep(60)
-'''
-
-
 def test_a_claim_ends_with_its_process(tmp_path):
-    holder = start(CLAIMS, tmp_path / 'a.pt')
-    assert holder.stdout.readline() == 'True\n'
+    holder = forks.hold(tmp_path / 'a.pt')
     with running.claim(tmp_path / 'a.pt') as mine:
         assert not mine
     with running.claim(tmp_path / 'b.pt') as mine:
         assert mine
     holder.kill()
-    holder.communicate()
+    holder.join()
     with running.claim(tmp_path / 'a.pt') as mine:
         assert mine
 
@@ -182,6 +157,9 @@ def test_fitting_skips_a_loss_that_is_not_finite(data, tiny, monkeypatch):
 
 
 # Training -----------------------------------------------------------------------------------------
+BRIEF = ('steps=16', 'grid=8', 'sample_steps=2')  # pictures of few samples a ray, in two steps
+
+
 @pytest.fixture(scope='module')
 def trained(data, tiny, tmp_path_factory):
     """A folder with data/, fits/ (random planes) and runs/vae.pt: base and upsample can be trained
@@ -206,7 +184,7 @@ def training(folder, runs, stage, *settings, options=()):
     (folder / runs / 'vae.pt').write_bytes((folder / 'runs/vae.pt').read_bytes())
     folders = ['--data', folder / 'data', '--fits', folder / 'fits', '--runs', folder / runs]
     command = ['--stage', stage, '--preset', 'tiny', *folders, '--log-every', 1, *options]
-    return [str(item) for item in (*command, '--set', *settings)]
+    return [str(item) for item in (*command, '--set', *BRIEF, *settings)]
 
 
 def logged(path):
@@ -225,7 +203,7 @@ def test_three_ranks_do_the_mathematics_of_one(trained):
     train.main(train.parse(training(trained, 'one', 'base', *settings)))
     one_at_a_time = ['--micro-batch', 1, '--patience', LONG / 60]
     three_ranks = training(trained, 'three', 'base', *settings, options=one_at_a_time)
-    assert_succeeds(start(ROOT / 'train.py', *three_ranks, ranks=3))
+    assert_succeeds(forks.start(forks.torchrun, 3, 'train', three_ranks))
 
     weights = []
     for runs in ('one', 'three'):
@@ -351,10 +329,10 @@ def test_two_fits_on_one_folder_share_the_avatars(trained, tmp_path, tiny):
     decoder = rh.Decoder(tiny).state_dict()
     running.write_model(tmp_path / 'fits/decoder.pt', 'decoder', tiny, decoder, 0)
     folders = ['--data', str(trained / 'data'), '--fits', str(tmp_path / 'fits')]
-    command = ['--preset', 'tiny', *folders, '--set']
-    both = [start(ROOT / 'fit.py', *command, 'fit_steps=30') for _ in range(2)]
+    command = ['--preset', 'tiny', *folders, '--set', *BRIEF]
+    both = [forks.start(forks.run, 'fit', [*command, 'fit_steps=30']) for _ in range(2)]
     for process in both:
-        assert_succeeds(process, timeout=120)
+        assert_succeeds(process)
     for name in ('avatar_0000', 'avatar_0001'):
         saved = running.read_checkpoint(tmp_path / f'fits/{name}.pt', 'planes')
         assert saved['planes'].isfinite().all()
