@@ -436,11 +436,14 @@ def straighten(models, images, alpha=None, known=None, **how):
 LEVELS = (16, 8, 4, 2, 1)  # corrections are planes of R/16 ... R texels a side
 COARSE = 16  # texels a side: what is finer is corrected on the plane that the front shows
 XZ = rh.AXES.index((0, 2))
-RAYS = 2048  # a step
+RAYS = 768  # a step,
+WHERE_WRONG = 0.5  # a share of which is drawn where the sample differs from the portrait
+COARSE_STEPS = 0.6  # the first steps, whose rays have half as many samples
 LEARNING_RATE = 1e-2  # it falls to a tenth
-POINTS = 4096  # of each step, that must stay empty
+POINTS = 4096  # of every other step, that must stay empty
 WEIGHT_EMPTY = 0.1  # of the log density there
-GRID_EVERY = 10  # steps
+GRID_EVERY = 20  # steps
+EMPTY_EVERY = 2
 
 
 def new_corrections(planes, levels=LEVELS, front_alone=True):
@@ -459,12 +462,23 @@ def new_corrections(planes, levels=LEVELS, front_alone=True):
     return corrections
 
 
+def summed(corrections):
+    """The sum of corrections (n, C, r, r) at the size of the last, from coarse to fine."""
+    total = corrections[0]
+    for correction in corrections[1:]:
+        total = rh.resize_planes(total, correction.shape[-1]) + correction
+    return total
+
+
 def corrected(planes, corrections):
     """Planes (3, C, R, R) with the corrections of all levels added, in [-1, 1]."""
     total = planes
-    for correction in corrections:
-        enlarged = rh.resize_planes(correction, planes.shape[-1])
-        if len(correction) == 1:
+    for count in (len(planes), 1):  # those of all planes, those of xz alone
+        of_these = [correction for correction in corrections if len(correction) == count]
+        if not of_these:
+            continue
+        enlarged = rh.resize_planes(summed(of_these), planes.shape[-1])
+        if count == 1:
             beside = (XZ, len(planes) - 1 - XZ)  # the planes before and after it
             enlarged = F.pad(enlarged, (0, 0, 0, 0, 0, 0, *beside))
         total = total + enlarged
@@ -507,42 +521,69 @@ def target_of(view):
     return Target(*rays, pixels_of((seen.images + 1) / 2), *map(pixels_of, seen[1:]))
 
 
+def chances(field, view):
+    """How likely a ray goes through each pixel of a View, (P^2,) of mean 1: a share WHERE_WRONG
+    of the rays is drawn in proportion to the error of a Frozen's picture."""
+    images, _, _ = view.seen
+    P = images.shape[-1]
+    rgb = view_from(field, view.angles, max(P // 2, 1)).view
+    error = F.interpolate(rgb[None], size=P, mode='bilinear') - (images + 1) / 2
+    error = F.avg_pool2d(error.square().mean(1), 5, 1, 2, count_include_pad=False)
+    error = error.sqrt().flatten()
+    return WHERE_WRONG * error / error.mean().clamp(min=1e-6) + 1 - WHERE_WRONG
+
+
+@torch.autocast('cpu', enabled=False)
+@torch.autocast('cuda', enabled=False)
+def first_look(planes, decoder, views):
+    """The occupancy grid of planes (3, C, R, R), and the `chances` of all pixels of Views."""
+    field = frozen.freeze(planes, decoder)
+    return field.grid, torch.cat([chances(field, view) for view in views])
+
+
 def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
     """Does `fit_to_portrait` for one avatar's planes (3, C, R, R), the Seen of one portrait and
     further photographs, Views."""
     config, device = decoder.config, planes.device
     generator = torch.Generator().manual_seed(seed)
+    all_views = [View(seen), *views]
 
     # The photographs as rays with their colours; steps go over the pixels of which something is
-    # known.
-    targets = [target_of(view) for view in (View(seen), *views)]
+    # known, and more often over those that are wrong as yet.
+    targets = [target_of(view) for view in all_views]
     rays_o, rays_d, target, alpha, known = map(torch.cat, zip(*targets))
     shown = (known[:, 0] > 0).nonzero()[:, 0]
     if not len(shown):
         steps = 0
+    grid, chance = first_look(planes, decoder, all_views)
+    chance = chance[shown].cpu()
 
     # What is empty in the sample stays so: there shall be no fog where there was none.
-    grid = rh.grid_for(rh.PlaneField(planes, decoder), config, device)
     empty = grid.values <= rh.EMPTY
 
     corrections = new_corrections(planes, front_alone=not views)
-    optimizer = torch.optim.Adam(corrections, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(corrections, betas=(0.9, 0.99), fused=True)
     for step in range(steps):
         field = rh.PlaneField(corrected(planes, corrections), decoder)
         if step and step % GRID_EVERY == 0:
             grid = rh.grid_for(field, config, device)
+        samples = config.steps // 2 if step < COARSE_STEPS * steps else config.steps
+        if grid.steps != samples:
+            grid.steps = samples
+            grid.refresh()
 
         # On random grounds: on white, what should be empty may turn white.
-        pick = shown[torch.randint(len(shown), (RAYS,), generator=generator).to(device)]
+        drawn = torch.multinomial(chance, RAYS, replacement=True, generator=generator)
+        pick = shown[drawn.to(device)]
         shift = torch.rand(RAYS, generator=generator).to(device)
         ground = torch.rand(RAYS, 3, generator=generator).to(device)
-        rgb = rh.render(
-            field, rays_o[pick], rays_d[pick], config.steps, grid, shift, ground
-        ).rgb
+        rgb = rh.render(field, rays_o[pick], rays_d[pick], samples, grid, shift, ground).rgb
         error = rgb - target[pick] + (1 - alpha[pick]) * (1 - ground)
         loss = (known[pick] * error.square()).mean()
 
-        total = loss + WEIGHT_EMPTY * fog_in(field, empty, generator)
+        total = loss
+        if step % EMPTY_EVERY == 0:
+            total = loss + EMPTY_EVERY * WEIGHT_EMPTY * fog_in(field, empty, generator)
         gradients = torch.autograd.grad(total, corrections)
         for correction, gradient in zip(corrections, gradients):
             correction.grad = gradient

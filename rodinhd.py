@@ -517,24 +517,24 @@ def sample_planes_by_rows(planes, points):
     points = points.detach().T.contiguous()  # (3, N): arithmetic on whole rows
     inside = (points.abs() <= 1).to(points)
 
-    # Along each world axis: the texel below, and the weights of the texels below and above
+    # Along each world axis: the texels below and above, and their weights
     texels = (points.clamp(-1, 1) + 1) * (0.5 * (R - 1))
-    below = texels.floor().clamp(max=R - 2)
+    below = texels.floor().clamp_(max=R - 2)
     weight_above = (texels - below) * inside
-    weight_below = inside - weight_above
-    below = below.long()
+    shares = torch.stack([inside - weight_above, weight_above])  # (2, 3, N)
+    below = below.int()
+    texels = torch.stack([below, below + 1])
 
     # On each plane: four corners, each with the product of its weights along both axes
     index = []
     weight = []
     for plane, (u, v) in enumerate(AXES):
-        corner = (below[v] + plane * R) * R + below[u]
-        index += [corner, corner + 1, corner + R, corner + R + 1]
-        for along_v in (weight_below, weight_above):
-            for along_u in (weight_below, weight_above):
-                weight.append(along_v[v] * along_u[u])
-    weight = torch.stack(weight, 1) / PLANE_DIVISOR
-    return RowSum.apply(table, torch.stack(index, 1), weight)
+        row = (texels[:, v] + plane * R) * R  # (2, N)
+        index.append(row[:, None] + texels[:, u])  # (2, 2, N)
+        weight.append(shares[:, None, v] * shares[:, u])
+    index = torch.stack(index).view(12, -1).T.contiguous()  # (N, 12)
+    weight = torch.stack(weight).view(12, -1).T / PLANE_DIVISOR
+    return RowSum.apply(table, index, weight.contiguous())
 
 
 class RowSum(torch.autograd.Function):
@@ -555,13 +555,14 @@ class RowSum(torch.autograd.Function):
         # Few points: one scatter-add for each of the 12 rows
         if len(grad) < 8192:
             table = grad.new_zeros(ctx.texels, grad.shape[1])
-            for i, w in zip(index.T.contiguous(), weight.T.contiguous(), strict=True):
+            index = index.T.contiguous().long()  # which index_add_ takes in half the time
+            for i, w in zip(index, weight.T.contiguous(), strict=True):
                 table.index_add_(0, i, grad * w[:, None])
             return table, None, None
 
         # Many points: pairs (point, row) sorted by row, so that each row sums its own, a "bag"
         flat = index.view(-1)
-        order = flat.int().argsort()
+        order = flat.argsort()
         point = order // index.shape[1]  # index is (N, 12)
         weight = weight.view(-1)[order]
         ones = torch.ones_like(flat)
@@ -961,20 +962,21 @@ def lit_samples(lattice, ray, first, field, grid=None):
     limit = 2
     while True:
         turn = rank < limit
-        samples = samples_in(lattice, ray[turn], first[turn], grid)
+        here = turn.nonzero()[:, 0]
+        samples = samples_in(lattice, ray.take(here), first.take(here), grid)
 
         # What light arrives, T, and an upper bound of the weight: alpha = 1 - exp(-tau) <= tau
         tau = field(samples.points)[0] * lattice.delta
         T = transmittance(tau, samples.ray_index, rays)
         T = T * torch.exp(-depth_behind[samples.ray_index])
-        lit = (T >= T_MIN) & (T * tau >= W_MIN)
-        parts.append(Samples(*(x[lit] for x in samples)))
+        lit = ((T >= T_MIN) & (T * tau >= W_MIN)).nonzero()[:, 0]
+        parts.append(Samples(*(x.index_select(0, lit) for x in samples)))
 
         # Go on with the blocks behind, of rays that have light left
         depth_behind.index_add_(0, samples.ray_index, tau)
         spent = depth_behind[ray] > -math.log(T_MIN)
-        left = ~(turn | spent)
-        ray, first, rank = ray[left], first[left], rank[left]
+        left = (~(turn | spent)).nonzero()[:, 0]
+        ray, first, rank = (x.take(left) for x in (ray, first, rank))
         limit *= 2
         if not len(ray):
             return Samples(*(torch.cat(x) for x in zip(*parts, strict=True)))

@@ -273,6 +273,31 @@ def test_fitting_makes_the_front_view_the_portrait(shipped):
     assert torch.equal(likeness.fit_to_portrait(planes, unknown, shipped.decoder, 20), planes)
 
 
+def test_corrections_are_added_from_coarse_to_fine():
+    """Constants stay what they are at any size; what is fine is of the plane xz alone."""
+    planes = torch.full((3, 2, 32, 32), 0.1)
+    corrections = likeness.new_corrections(planes, (2, 1), front_alone=True)
+    assert [tuple(x.shape) for x in corrections] == [(3, 2, 16, 16), (1, 2, 32, 32)]
+    with torch.no_grad():
+        for value, correction in zip((0.2, 0.9), corrections, strict=True):
+            correction.fill_(value)
+    total = likeness.corrected(planes, corrections)
+    expected = torch.tensor([0.3, 1.0, 0.3]).view(3, 1, 1, 1)  # 0.1 + 0.2 + 0.9 is cut off
+    assert torch.allclose(total, expected.expand_as(total))
+
+
+def test_rays_go_where_the_sample_is_wrong(shipped):
+    view, opacity = portrait_of(shipped.mean, shipped.decoder)
+    wrong = view.clone()
+    wrong[:, 16:32, 24:40] = 1 - wrong[:, 16:32, 24:40]
+    seen = likeness.Seen(wrong * 2 - 1, opacity, torch.ones(1, 64, 64))
+    _, chance = likeness.first_look(shipped.mean, shipped.decoder, [likeness.View(seen)])
+    assert abs(chance.mean() - 1) < 1e-4
+    chance = chance.view(64, 64)
+    assert chance.min() >= 1 - likeness.WHERE_WRONG
+    assert chance[16:32, 24:40].mean() > 3 * chance[48:].mean()
+
+
 def test_a_further_photograph_is_found_and_shows_its_side(shipped):
     """It was taken at 60 degrees and from 5 above; somebody said 55, and nothing of the height."""
     view, opacity = portrait_of(shipped.other, shipped.decoder, (60, 5))
