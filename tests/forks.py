@@ -35,9 +35,10 @@ def server():
     return context
 
 
-def start(function, *args):
-    """Starts a function of an importable file in a process of its own, which is returned."""
-    process = server().Process(target=function, args=args)
+def start(function, *args, daemon=False):
+    """Starts a function of an importable file in a process of its own, which is returned; a daemon
+    has no children, and ends with the tests."""
+    process = server().Process(target=function, args=args, daemon=daemon)
     process.start()
     return process
 
@@ -52,7 +53,7 @@ def keep_claim(path, sender):
 def hold(path):
     """Starts a process that holds the claim of a path until it is killed."""
     receiver, sender = server().Pipe(duplex=False)
-    process = start(keep_claim, path, sender)
+    process = start(keep_claim, path, sender, daemon=True)
     assert receiver.recv()
     return process
 
