@@ -516,7 +516,8 @@ def test_further_photographs(walk, monkeypatch, capsys):
     run(sample, *how, 'further', '--view', f'{view}:-60', '--count', 2)
     run(sample, *how, 'alone', '--count', 2)
     printed = capsys.readouterr().out
-    assert re.search(r'--view number 1, given at -60 degrees: found at -(6[0-3]|5[2-9]), from -?[0-3] ', printed)
+    found = r'--view number 1, given at -60 degrees: found at -(6[0-3]|5[2-9]), from -?[0-3] above'
+    assert re.search(found, printed)
     assert apart(planes_in('further'), planes_in('alone')) > 1e-3
     content = running.read_checkpoint('samples/further/planes.pt', 'avatars')
     assert content['views'] == [f'{view}:-60']
