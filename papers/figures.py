@@ -2,13 +2,20 @@
 
     python -m papers.figures forgetting --fits once replay        while the decoder learns (Fig. 2)
     python -m papers.figures spectra --fits fits no_iwc no_tv     frequencies of planes (Fig. 4)
+    python -m papers.figures frequencies --data test              planes, and images (Fig. 4, left)
     python -m papers.figures noise --fits channels8 channels32    planes under noise (Fig. 5)
     python -m papers.figures schedules                            noise schedules (Fig. 6)
+    python -m papers.figures nobody                               unconditional avatars (Fig. 8)
     python -m papers.figures epipolar --portrait x.png            a moving camera (Figs. 9 and 16)
+    python -m papers.figures fitting --fits once replay           ways of fitting (Fig. 10)
+    python -m papers.figures ablation --portrait x.png --others single        models (Fig. 11, and
+                                                                  Rodin, Fig. 16)
     python -m papers.figures resolution --fits r32 r64 r128       planes of other sizes (Fig. 14)
     python -m papers.figures scaling --fits without with          planes reduced (Rodin, Fig. 3)
+    python -m papers.figures images --data test                   few and many (Rodin, Fig. 14)
     python -m papers.figures denoising --portrait x.png           step by step (Fig. 15)
     python -m papers.figures neighbours --portrait x.png          nearest avatars (Rodin, Fig. 17)
+    python -m papers.figures lookalikes --portrait x.png          nearest portraits, by CLIP
     python -m papers.figures meshes --fits fits                   volumes and meshes
     python -m papers.figures curves --runs runs                   losses while the stages train
     python -m papers.figures views --data test                    one photograph, and several
@@ -36,6 +43,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import likeness
+import rodin
 import rodinhd as rh
 import running
 import scenes
@@ -214,6 +222,56 @@ def spectra(args):
     save_plot(args, figure, shares)
 
 
+def fitted_avatars(args):
+    """Lists the folders of --data of which the first folder of --fits holds planes, --count of
+    them, evenly spread."""
+    fits = args.fits[0]
+    folders = [x for x in scenes.list_avatars(args.data) if (fits / f'{x.name}.pt').exists()]
+    if not folders:
+        rh.stop(f'{fits}: holds planes of none of the avatars of {args.data}')
+    return spread(folders, args.count)
+
+
+def spread(items, count):
+    """So many of a list, evenly spread, or all of them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def planes_in(folder, avatar, decoder=None):
+    """Reads the planes (3, C, R, R) of one avatar from a folder of fit.py, of the decoder."""
+    return running.read_planes(folder / f'{avatar}.pt', decoder)['planes'].float()
+
+
+def frequencies(args):
+    """Draws the power of fitted planes and of portraits of the same avatars by frequency, each as a
+    share of its own whole; portraits are as large as the planes.
+
+    The numbers are the shares at and above a quarter of the sampling rate.
+    """
+    folders = fitted_avatars(args)
+    planes = [planes_in(args.fits[0], folder.name) for folder in folders]
+    whites = [front_of(folder, planes[0].shape[-1]) for folder in folders]
+    powers = {
+        'planes': torch.stack([spectrum(x) for x in planes]).mean(0),
+        'images': spectrum(torch.stack(whites)),
+    }
+    figure, plot = axes('cycles a plane, or an image', 'share of the power')
+    shares = {}
+    for name, power in powers.items():
+        power = power / power.sum()
+        shares[name] = float(power[len(power) // 2:].sum())
+        label = f'{name}: {shares[name]:.2%} in the upper half'
+        plot.loglog(range(1, len(power) - 1), power[1:-1], label=label)
+    plot.legend()
+    save_plot(args, figure, shares)
+
+
+def front_of(folder, size):
+    """Reads the portrait of an avatar on white, (3, size, size) in [-1, 1]."""
+    return scenes.portrait_on_white(*scenes.portrait_of(folder, size))
+
+
 def noise(args):
     """Draws x_t / sqrt(alpha_bar) of the first avatar, a row a folder, the clean planes first.
 
@@ -255,6 +313,69 @@ def scaling(args):
         rows.append(row)
         numbers[folder.name] = rh.psnr(*row)
     save_images(args, rows, numbers)
+
+
+def fitting(args):
+    """Draws avatars of --data (a row): the truth, then what each folder of --fits made of it, by
+    the held-out camera that is most frontal. The numbers are the PSNR."""
+    rows, numbers = [], {}
+    for folder in fitted_avatars(args):
+        truth = scenes.load_views(folder, 'test', scenes.read_box(folder), args.downscale)
+        if truth is None:
+            rh.stop(f'{folder}: has no held-out views')
+        front = min(range(len(truth.c2w)), key=lambda k: abs(bearing(truth.c2w[k])[0]))
+        truth = truth._replace(
+            images=truth.images[front:front + 1],
+            c2w=truth.c2w[front:front + 1],
+            intrinsics=truth.intrinsics[front:front + 1],
+        )
+        row = [rh.on_white(truth.images[0])]
+        for fits in args.fits:
+            decoder = running.load_model('decoder', fits, args.device)
+            field = rh.PlaneField(planes_in(fits, folder.name, decoder).to(args.device), decoder)
+            grid = rh.grid_for(field, decoder.config, args.device)
+            row += pictures_of(field, grid, truth, args)
+            numbers.setdefault(fits.name, {})[folder.name] = rh.psnr(row[-1], row[0])
+        rows.append([resized(image.permute(2, 0, 1) * 2 - 1, args.size) for image in row])
+    save_images(args, rows, numbers)
+
+
+def images(args):
+    """Draws how well avatars of --data are fitted from 3, 6, 12, ... and all of their images, as
+    the mean PSNR of held-out views, under the decoder of --fits (one folder)."""
+    decoder = running.load_model('decoder', args.fits[0], args.device)
+    config = decoder.config
+    found = {}
+    for folder in spread(scenes.list_avatars(args.data), args.count):
+        box = scenes.read_box(folder)
+        truth = scenes.load_views(folder, 'test', box, args.downscale, 6)
+        if truth is None:
+            rh.stop(f'{folder}: has no held-out views')
+        total = len(scenes.read_frames(folder, 'train')[1])
+        for n in (*doubled(3, total), total):
+            given = scenes.load_views(folder, 'train', box, args.downscale, n)
+            pace = rh.by_steps(config.fit_steps)
+            with torch.enable_grad():
+                visit = rh.fit_avatar(given, decoder.start, decoder, config, pace, seed=args.seed)
+            field = rh.PlaneField(visit.planes, decoder)
+            grid = rh.grid_for(field, config, args.device)
+            pairs = zip(pictures_of(field, grid, truth, args), truth.images)
+            psnr = np.mean([rh.psnr(ours, rh.on_white(image)) for ours, image in pairs])
+            found.setdefault(n, {})[folder.name] = float(psnr)
+
+    means = {n: float(np.mean(list(psnrs.values()))) for n, psnrs in sorted(found.items())}
+    figure, plot = axes('images that an avatar is fitted from', 'PSNR of held-out views (dB)')
+    plot.plot(list(means), list(means.values()), marker='o')
+    save_plot(args, figure, {'mean': means, 'avatars': found})
+
+
+def doubled(first, below):
+    """first, 2 first, 4 first ... that are below a number."""
+    numbers = []
+    while first < below:
+        numbers.append(first)
+        first *= 2
+    return numbers
 
 
 # Figures about generation -------------------------------------------------------------------------
@@ -381,6 +502,64 @@ def neighbours(args):
         distances = [float(F.mse_loss(image, ours)) for image in known]
         nearest = sorted(range(len(known)), key=distances.__getitem__)[:3]
         rows.append([ours, *(known[index] for index in nearest)])
+    save_images(args, rows)
+
+
+def lookalikes(args):
+    """Draws each generated avatar beside the three training portraits of --data whose vectors of
+    CLIP are nearest to that of its frontal view. The numbers are the cosines."""
+    models = load_models(args)
+    clip = running.load_clip(models['base'].path.parent, args.device)
+    folders = scenes.list_avatars(args.data)
+    known = []
+    for folder in folders:  # one at a time, however many there are
+        image = front_of(folder, args.size)[None].to(args.device)
+        known.append(clip.encode_images(image))
+    known = torch.cat(known)
+    rows, numbers = [], {}
+    for i in range(len(args.portrait or ()) or 1):
+        planes = rh.generate(models, portrait(args, models, i), seed=args.seed).planes[0]
+        ours = view(planes, models['decoder'], args)
+        z = clip.encode_images(ours.permute(2, 0, 1)[None].to(args.device) * 2 - 1)
+        cosines = F.cosine_similarity(z, known)
+        nearest = cosines.argsort(descending=True)[:3].tolist()
+        shown = [front_of(folders[k], args.size) for k in nearest]
+        shown += [torch.ones_like(shown[0])] * (3 - len(shown))
+        rows.append([ours, *(resized(image, args.size) for image in shown)])
+        name = f'{i + 1}: {args.portrait[i].name}'
+        numbers[name] = {folders[k].name: float(cosines[k]) for k in nearest}
+    save_images(args, rows, numbers)
+
+
+def nobody(args):
+    """Draws --count avatars of nobody: of the null condition and, in a second row, of vectors that
+    the prior draws, where there is one."""
+    models = load_models(args)
+    seeds = range(args.seed, args.seed + args.count)
+    rows = [[rh.generate(models, 1, seed=seed).planes[0] for seed in seeds]]
+    if running.has_latents(models, 'prior'):
+        running.load_latents(models, 'prior')
+        rows.append([])
+        for seed in seeds:
+            z = rodin.draw_latents(models['prior'], 1, seed=seed)
+            drawn = rh.nobody(models['base'].config, 1, z)
+            rows[1].append(rh.generate(models, drawn, seed=seed).planes[0])
+    pictures = [[view(planes, models['decoder'], args, 20) for planes in row] for row in rows]
+    save_images(args, pictures)
+
+
+def ablation(args):
+    """Draws what models make of portraits (a row each): the portrait, the avatar of --runs, then
+    those of the models of --others, which were trained otherwise; all with the same noise."""
+    rows = [[] for _ in args.portrait or [None]]
+    for runs in (args.runs, *args.others):
+        models = running.load_models(runs, args.fits[0], args.device)
+        for i, row in enumerate(rows):
+            given = portrait(args, models, i)
+            if not row:
+                row.append(resized(given[0].cpu(), args.size))
+            planes = rh.generate(models, given, seed=args.seed).planes[0]
+            row.append(view(planes, models['decoder'], args, 20))
     save_images(args, rows)
 
 
@@ -553,8 +732,7 @@ def views(args):
     """
     models = load_models(args)
     config = models['decoder'].config
-    folders = scenes.list_avatars(args.data)
-    folders = [folders[i * len(folders) // args.count] for i in range(args.count)]
+    folders = spread(scenes.list_avatars(args.data), args.count)
     rows, found = [], {}
     for folder in folders:
         box = scenes.read_box(folder)
@@ -607,13 +785,19 @@ def resized(image, side):
 FIGURES = {
     'forgetting': forgetting,
     'spectra': spectra,
+    'frequencies': frequencies,
     'noise': noise,
     'schedules': schedules,
     'epipolar': epipolar,
     'resolution': resolution,
     'scaling': scaling,
+    'fitting': fitting,
+    'images': images,
     'denoising': denoising,
     'neighbours': neighbours,
+    'lookalikes': lookalikes,
+    'nobody': nobody,
+    'ablation': ablation,
     'meshes': meshes,
     'views': views,
     'curves': curves,
@@ -623,6 +807,8 @@ FIGURES = {
 def main(args):
     if args.size < 16:
         rh.stop('--size must be at least 16')
+    if args.count < 1 or args.downscale < 1:
+        rh.stop('--count and --downscale must be at least 1')
     _, _, args.device = running.start(args.device, args.seed)
     with torch.no_grad():
         FIGURES[args.figure](args)
@@ -639,9 +825,10 @@ def parse(argv=None):
     add('--portrait', type=Path, nargs='+')
     frames = 'epipolar: folders of frames of other methods'
     add('--frames', type=Path, nargs='*', default=[], help=frames)
-    add('--data', type=Path, default=Path('data'), help='views: avatars')
-    add('--count', type=int, default=6, help='views: so many avatars')
-    add('--downscale', type=int, default=1, help='views: average images down by this factor')
+    add('--data', type=Path, default=Path('data'), help='avatars')
+    add('--count', type=int, default=6, help='so many avatars, evenly spread')
+    add('--downscale', type=int, default=1, help='average images of --data down by this factor')
+    add('--others', type=Path, nargs='*', default=[], help='ablation: folders of other models')
     add('--refiner', action='store_true', help="epipolar: a row through Rodin's refiner, too")
     add('--size', type=int, default=256, help='pixels a side of a rendered view')
     add('--out', type=Path, default=Path('assets'))

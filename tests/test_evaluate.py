@@ -591,7 +591,10 @@ def trained(tmp_path_factory, tiny):
         place = 'fits' if kind == 'decoder' else 'runs'
         path = folder / place / f'{kind}.pt'
         running.write_model(path, kind, tiny, build(tiny).state_dict(), 0)
-    for name in ('a', 'b'):
+    clip = rh.make_config('tiny', ['latent_width=8'])
+    network = running.build('clip', clip)
+    running.write_model(folder / 'runs/clip.pt', 'clip', clip, network.state_dict(), 0)
+    for name in ('avatar_0000', 'avatar_0001'):
         planes = torch.randn(3, 8, 32, 32).half() * 0.1
         running.write_checkpoint(folder / 'fits' / f'{name}.pt', 'planes', {'planes': planes})
     lines = [json.dumps({'first_avatar_psnr': psnr}) for psnr in (20.0, 21.0)]
@@ -614,14 +617,16 @@ def draw_figure(name, trained, *options):
 
 
 @pytest.mark.parametrize('name', sorted(set(figures.FIGURES) - {'meshes'}))
-def test_every_figure(tmp_path, trained, data, name):
+def test_every_figure(tmp_path, monkeypatch, trained, data, name):
     """Meshes are in test_mesh.py."""
+    monkeypatch.setattr(figures, 'ROOT', tmp_path)
     pytest.importorskip('matplotlib')
     out = tmp_path / 'assets'
     turn = tmp_path / 'turn'
     draw_moving_line(turn)
     face = scenes.portrait_path(data / 'avatar_0000')
-    draw_figure(name, trained, '--portrait', face, face, '--out', out, '--frames', turn)
+    where = ['--data', data, '--out', out, '--frames', turn, '--others', trained / 'runs']
+    draw_figure(name, trained, '--portrait', face, face, '--count', 2, *where)
     with Image.open(out / f'{name}.png') as image:
         assert min(image.size) >= 16
         pixels = np.asarray(image.convert('L'))
@@ -629,10 +634,33 @@ def test_every_figure(tmp_path, trained, data, name):
     if name == 'epipolar':
         slanted = pixels[16:, 48:]  # the second row's stack of lines
         assert [row.argmin() for row in slanted] == [i for i in range(4) for _ in range(4)]
+    if name == 'ablation':  # the same models twice
+        assert pixels.shape == (32, 48)
+        assert (pixels[:, 16:32] == pixels[:, 32:]).all()
+        assert (pixels[:, :16] != pixels[:, 16:32]).any()
+    numbers = out / f'{name}.json'
+    numbers = json.loads(numbers.read_text()) if numbers.exists() else None
     if name == 'forgetting':
-        assert json.loads((out / 'forgetting.json').read_text()) == {'fits': [20.0, 21.0]}
+        assert numbers == {'fits': [20.0, 21.0]}
+    if name == 'frequencies':  # planes of noise
+        assert numbers['planes'] > 0.5 > numbers['images']
+    if name == 'fitting':
+        assert numbers['fits'].keys() == {'avatar_0000', 'avatar_0001'}
+    if name == 'images':
+        assert list(numbers['mean']) == ['3', '6', '12', '24']
+        assert len(set(numbers['mean'].values())) == 4
+    if name == 'lookalikes':
+        for cosines in numbers.values():
+            first, second = cosines.values()
+            assert 1 >= first >= second >= -1
 
 
 def test_a_figure_says_what_it_needs(trained):
     with pytest.raises(rh.Stop, match='epipolar needs --portrait'):
         draw_figure('epipolar', trained)
+
+
+def test_figures_of_fits_of_other_avatars_are_refused(tmp_path, trained, data):
+    (tmp_path / 'avatar_0007').symlink_to(data / 'avatar_0000')
+    with pytest.raises(rh.Stop, match='holds planes of none of the avatars'):
+        draw_figure('frequencies', trained, '--data', tmp_path)
