@@ -583,10 +583,11 @@ def test_spectrum_finds_a_wave_and_all_of_its_power():
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, tiny):
+def trained(tmp_path_factory):
     """A folder with random models and planes of two avatars in fits/ and runs/, and a log."""
     folder = tmp_path_factory.mktemp('figures')
     torch.manual_seed(0)
+    tiny = rh.make_config('tiny', ['fit_steps=2'])
     for kind, (build, _) in running.MODELS.items():
         place = 'fits' if kind == 'decoder' else 'runs'
         path = folder / place / f'{kind}.pt'
@@ -626,7 +627,8 @@ def test_every_figure(tmp_path, monkeypatch, trained, data, name):
     draw_moving_line(turn)
     face = scenes.portrait_path(data / 'avatar_0000')
     where = ['--data', data, '--out', out, '--frames', turn, '--others', trained / 'runs']
-    draw_figure(name, trained, '--portrait', face, face, '--count', 2, *where)
+    count = 1 if name == 'images' else 2
+    draw_figure(name, trained, '--portrait', face, face, '--count', count, *where)
     with Image.open(out / f'{name}.png') as image:
         assert min(image.size) >= 16
         pixels = np.asarray(image.convert('L'))
