@@ -595,9 +595,13 @@ def trained(tmp_path_factory):
     clip = rh.make_config('tiny', ['latent_width=8'])
     network = running.build('clip', clip)
     running.write_model(folder / 'runs/clip.pt', 'clip', clip, network.state_dict(), 0)
+    decoder = running.load_model('decoder', folder / 'fits', 'cpu').fingerprint
     for name in ('avatar_0000', 'avatar_0001'):
         planes = torch.randn(3, 8, 32, 32).half() * 0.1
-        running.write_checkpoint(folder / 'fits' / f'{name}.pt', 'planes', {'planes': planes})
+        low = rh.resize_planes(planes.float(), 8).half()
+        box = {'centre': torch.zeros(3), 'half': 1.0}
+        content = {'planes': planes, 'low': low, **box, 'made_with': {'decoder': decoder}}
+        running.write_checkpoint(folder / 'fits' / f'{name}.pt', 'planes', content)
     lines = [json.dumps({'first_avatar_psnr': psnr}) for psnr in (20.0, 21.0)]
     (folder / 'fits/decoder.jsonl').write_text('\n'.join(lines))
     return folder
