@@ -623,6 +623,17 @@ def test_models_that_ship_are_packed(tmp_path, capsys):
         else:  # half a step, which is a 127th of the largest value of a block, and fp16's error
             assert (again[name] - x).abs().max() <= x.abs().max() * (0.5 / 127 + 1e-3)
 
+    first = tmp_path / 'first'
+    first.mkdir()
+    halved = {name: x / 2 for name, x in network.state_dict().items()}
+    running.write_model(first / 'base.pt', 'base', config, halved, 3)
+    ship.main(ship.parse([
+        str(folder / 'base.pt'), '--out', str(tmp_path), '--after', str(first), '0.5'
+    ]))
+    between = running.load_model('base', tmp_path, 'cpu').state_dict()
+    for name, x in plain.items():
+        assert (between[name] - 0.75 * x).abs().max() <= x.abs().max() * (0.5 / 127 + 1e-3)
+
     refused(lambda: ship.pack(tmp_path / 'base.pt', folder), 'is packed already')
     content = torch.load(tmp_path / 'base.pt', weights_only=True)
     name = next(iter(content['steps']))
