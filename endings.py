@@ -66,6 +66,11 @@ def answer_help():
                 parse()
 
 
+# Several ranks would each warn of how running.parallel averages gradients
+if os.environ.get('WORLD_SIZE', '1') != '1':
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
+
+
 # Errors and signals -------------------------------------------------------------------------------
 def is_stop(kind):
     """Whether an exception is rodinhd.Stop, which imports PyTorch."""

@@ -146,7 +146,11 @@ def parallel(network, device):
     if dist.get_world_size() == 1:
         return network, contextlib.nullcontext
     devices = [device] if device.type == 'cuda' else None
-    model = torch.nn.parallel.DistributedDataParallel(network, device_ids=devices)
+    # By default it sorts gradients anew after its first step. Then a run that was interrupted adds
+    # them up in another order than one that was not, and of three ranks the sums differ.
+    model = torch.nn.parallel.DistributedDataParallel(
+        network, device_ids=devices, find_unused_parameters=True
+    )
     return model, model.no_sync
 
 
