@@ -1,5 +1,5 @@
 """Settings: what is wrong with one ends in one line, and `paper` has nothing that no paper has."""
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_origin
 
 import pytest
@@ -187,9 +187,10 @@ def test_departures_are_printed_in_one_line(capsys):
 # Checkpoints --------------------------------------------------------------------------------------
 @pytest.mark.parametrize('preset', rh.PRESETS)
 def test_a_checkpoint_without_the_new_settings_gets_its_presets(preset):
+    """But for a setting that would give its network layers that it does not have."""
     config = rh.make_config(preset, ['rays=99'])
     saved = {name: x for name, x in vars(config).items() if name not in rh.NOT_IN_THE_PAPERS}
-    assert running.config_of(saved) == config
+    assert running.config_of(saved) == replace(config, base_aligned=0)
 
 
 def test_a_checkpoint_keeps_the_settings_that_it_has():
@@ -203,4 +204,4 @@ def test_an_old_checkpoint_is_read(tmp_path, tiny):
     old = {name: x for name, x in vars(tiny).items() if name not in rh.NOT_IN_THE_PAPERS}
     content = {'config': {**old, 'of_old': 1}, 'model': rh.Decoder(tiny).state_dict(), 'step': 0}
     running.write_checkpoint(tmp_path / 'decoder.pt', 'decoder', content)
-    assert running.load_model('decoder', tmp_path, 'cpu').config == tiny
+    assert running.load_model('decoder', tmp_path, 'cpu').config == replace(tiny, base_aligned=0)
