@@ -119,9 +119,11 @@ def test_memory_is_told_before_the_run(tiny):
 
 
 def test_autocast_leaves_a_normalisation_in_its_own_type():
+    """Of inputs up to 8 it knows 1/64 at worst, and weights are at most 1."""
+    torch.manual_seed(0)
     layer = rh.norm(64)
-    torch.nn.init.normal_(layer.weight)
-    x = 5 + torch.randn(2, 64, 8, 8)
+    torch.nn.init.uniform_(layer.weight, 0.5, 1)
+    x = (5 + torch.randn(2, 64, 8, 8)).clamp(max=8)
     with torch.autocast('cpu', torch.bfloat16):
         out = layer(x)
     assert out.dtype == torch.bfloat16

@@ -331,7 +331,14 @@ def test_the_figure_measures_meshes_against_volumes(tiny, tmp_path, monkeypatch)
     planes[:, -1, 8:24, 8:24] = 1.0
     weights = decoder_of_a_box(tiny).state_dict()
     running.write_model(tmp_path / 'fits/decoder.pt', 'decoder', tiny, weights, 0)
-    running.write_checkpoint(tmp_path / 'fits/a.pt', 'planes', {'planes': planes.half()})
+    decoder = running.load_model('decoder', tmp_path / 'fits', 'cpu').fingerprint
+    running.write_checkpoint(tmp_path / 'fits/a.pt', 'planes', {
+        'planes': planes.half(),
+        'low': rh.resize_planes(planes, 8).half(),
+        'centre': torch.zeros(3),
+        'half': 1.0,
+        'made_with': {'decoder': decoder},
+    })
 
     options = ['--fits', tmp_path / 'fits', '--size', 32, '--out', tmp_path]
     figures.main(figures.parse(['meshes', *map(str, options)]))
