@@ -20,7 +20,7 @@ def trained(data, tmp_path_factory):
     """The folder of a VAE's run, with a checkpoint after two steps, and what was printed."""
     runs = tmp_path_factory.mktemp('watched')
     how = '--stage', 'vae', '--preset', 'tiny', '--save-every', '2', '--log-every', '3'
-    where = '--data', data, '--runs', runs, '--held-out', data
+    where = '--data', data, '--runs', runs, '--held-out', data, '--picture-every', 2
     train.main(train.parse([*map(str, (*how, *where)), '--set', *STEPS]))
     return runs
 
