@@ -613,6 +613,7 @@ TOWARDS_RAYS = 1024  # a step of descent, of
 TOWARDS_SAMPLES = 64  # lattice points along the diagonal of the box
 TOWARDS_STEPS = 8  # of descent in each step of sampling
 TOWARDS_RATE = 1e-2
+MOST_STEPS = 2 ** 17  # of sampling: more than rodinhd.LARGEST allows
 TOWARDS_LEVELS = (8, 4, 2, 1)  # corrections are planes of r/8 ... r texels a side
 
 
@@ -621,20 +622,32 @@ def in_small(seen):
     return Seen(*(F.interpolate(x[None], size=TOWARDS_SIDE, mode='area')[0] for x in seen))
 
 
-def towards(seen, decoder, seed=0):
+def towards(seen, decoder, seed=0, share=None):
     """What brings low-resolution planes (B, 3, C, r, r) nearer to the portraits `seen`, a Seen: a
-    function of planes, `correct` of rh.Diffusion.sample."""
+    function of planes, `correct` of rh.Diffusion.sample. The draws of portrait i follow from
+    seed + i and the step of sampling.
+
+    With share (B,) the planes are so far from the first of two portraits to the second.
+    """
     targets = []
     for portrait in zip(*seen):
         target = target_of(View(in_small(Seen(*portrait))))
         near, far = rh.intersect_box(target.rays_o, target.rays_d)
         used = (far > near) & (target.known[:, 0] > 0)
         targets.append(Target(*(x[used] for x in target)))
-    generator = torch.Generator().manual_seed(seed)
+    steps = itertools.count()
 
     def correct(planes):
-        pairs = zip(planes, targets)
-        return torch.stack([nearer(one, target, decoder, generator) for one, target in pairs])
+        step = next(steps)
+
+        def moved(one, i):
+            generator = torch.Generator().manual_seed((seed + i) * MOST_STEPS + step)
+            return nearer(one, targets[i], decoder, generator)
+
+        if share is None:
+            return torch.stack([moved(one, i) for i, one in enumerate(planes)])
+        pairs = zip(planes, share.tolist())
+        return torch.stack([torch.lerp(moved(one, 0), moved(one, 1), s) for one, s in pairs])
 
     return correct
 

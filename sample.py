@@ -521,7 +521,12 @@ def sample(models, given, count, args, photographs=(), vectors=None):
             size = part.stop - part.start
             following = {**how, 'seed': args.seed + part.start}
             if args.interpolate:
-                found.append(interpolate(models, images, share[part], **how))
+                mixed = dict(how)
+                if seen:
+                    mixed['correct'] = likeness.towards(
+                        seen, models['decoder'], args.seed, share[part]
+                    )
+                found.append(interpolate(models, images, share[part], **mixed))
             elif given:
                 if seen:
                     towards = likeness.Seen(*(x[part] for x in repeated(seen, count)))

@@ -604,6 +604,8 @@ def trained(tmp_path_factory):
         running.write_checkpoint(folder / 'fits' / f'{name}.pt', 'planes', content)
     lines = [json.dumps({'first_avatar_psnr': psnr}) for psnr in (20.0, 21.0)]
     (folder / 'fits/decoder.jsonl').write_text('\n'.join(lines))
+    lines = [json.dumps({'step': step, 'mse': 0.1, 'fixed': 0.2}) for step in (0, 1)]
+    (folder / 'runs/base.jsonl').write_text('\n'.join(lines) + '\n')
     return folder
 
 

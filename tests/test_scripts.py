@@ -789,7 +789,8 @@ def test_all_rows_have_settings_that_exist(small_tables):
         for row in table.rows.values():
             for settings in row.settings.values():
                 options = tables.settings_of(settings, args)
-                rh.make_config('tiny', options[options.index('--set') + 1:])
+                changes = options[options.index('--set') + 1:]
+                rh.make_config('tiny', [*tables.PAPERS, *changes])
 
 
 # On a GPU -----------------------------------------------------------------------------------------
