@@ -16,6 +16,7 @@ import fit
 import render_blender
 import rodinhd as rh
 import sample
+import ship
 import train
 import words
 from papers import figures, tables
@@ -30,6 +31,7 @@ PARSERS = {
     'render_blender.py': render_blender.parse,
     'sample.py': sample.parse,
     'evaluate.py': evaluate.parse,
+    'ship.py': ship.parse,
     'papers.tables': tables.parse,
     'papers.figures': figures.parse,
     'tests/bench.py': bench.parse,
