@@ -554,9 +554,11 @@ def test_files_of_an_earlier_run_do_not_stay_among_the_new_ones(tmp_path):
 
 # How programs end ---------------------------------------------------------------------------------
 def program_of(text, **variables):
-    """Starts a program that imports what scripts do."""
+    """Starts a program that imports what scripts do, and that Ctrl-C interrupts: what was started
+    in the background, as a suite may be, ignores it."""
     return subprocess.Popen(
         [sys.executable, '-c', text],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
