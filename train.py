@@ -190,6 +190,15 @@ def prepare_vae(args, config, device):
     return Stage(batches.Draws(items, args.seed), draw, network, vae_loss, picture)
 
 
+def check_preset(path, model, names, config):
+    """Stops unless the model of a path has the settings of these names that config has."""
+    for name in names:
+        theirs = getattr(model.config, name)
+        if theirs != getattr(config, name):
+            rh.stop(f'{path}: is of another preset than {config.preset}: '
+                    f'{name} is {theirs}, not {getattr(config, name)}')
+
+
 def prepare_diffusion(args, config, device):
     base = args.stage == 'base'
     items = batches.Planes(args.fits, args.data, config, low=base)
@@ -206,15 +215,8 @@ def prepare_diffusion(args, config, device):
         clip = latents.clip_of(args, config, device)
         items.made_with['clip'] = clip.fingerprint
         vae.vector = clip.encode_images
-    for path, model, names in (
-        (args.runs / 'vae.pt', vae, rh.ENCODER_SETTINGS),
-        (args.fits / 'decoder.pt', decoder, ('channels',)),
-    ):
-        for name in names:
-            theirs = getattr(model.config, name)
-            if theirs != getattr(config, name):
-                rh.stop(f'{path}: is of another preset than {config.preset}: '
-                        f'{name} is {theirs}, not {getattr(config, name)}')
+    check_preset(args.runs / 'vae.pt', vae, rh.ENCODER_SETTINGS, config)
+    check_preset(args.fits / 'decoder.pt', decoder, ('channels',), config)
 
     network = running.build(args.stage, config)
     learn_prior(network, items, config)
@@ -456,6 +458,18 @@ def restore(state, network, optimizer, ema, finite):
     finite.row = running.counted(state, 'row')
 
 
+def state_of(network, optimizer, ema, finite):
+    """What `restore` puts a run back into."""
+    return {
+        'ema': ema.shadow,
+        'updates': ema.updates,
+        'skipped': finite.skipped,
+        'row': finite.row,
+        'model': network.state_dict(),
+        'optimizer': optimizer.state_dict(),
+    }
+
+
 def write_picture(path, image):
     """Writes images (B, 3, H, W) in [-1, 1] side by side."""
     image = image.clamp(-1, 1).permute(2, 0, 3, 1).flatten(1, 2)  # (H, B W, 3)
@@ -576,16 +590,12 @@ def train(args, config, rank, world, device):
             with chores.doing():
                 running.synchronise(log)
                 write_weights(args, config, network, ema, step + 1, made_with)
+                state = state_of(network, optimizer, ema, finite)
                 running.write_checkpoint(state_path, state_path.stem, {
                     'settings': settings,
                     'made_with': made_with,
                     'step': step + 1,
-                    'ema': ema.shadow,
-                    'updates': ema.updates,
-                    'skipped': finite.skipped,
-                    'row': finite.row,
-                    'model': network.state_dict(),
-                    'optimizer': optimizer.state_dict(),
+                    **state,
                 })
         if rank == 0 and shown:
             with chores.doing(), torch.no_grad():
