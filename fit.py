@@ -31,6 +31,7 @@ import provenance
 import rodinhd as rh
 import running
 import scenes
+import together
 
 PATIENCE = 4  # minutes that a rank may keep the others waiting
 SETTINGS = (  # that an avatar's planes depend on, under a given decoder
@@ -504,11 +505,26 @@ def read_avatar(folder, args, config):
     )
 
 
+def fit_group(avatars, start, decoder, config, args, report):
+    """Fits a list of Avatars -> a rodinhd.Visit of each."""
+    views = [avatar.views for avatar in avatars]
+    if len(views) > 1:
+        return together.fit(
+            views, start, decoder, config, config.fit_steps, seed=args.seed, report=report
+        )
+    pace = rh.by_seconds(args.seconds) if args.seconds else rh.by_steps(config.fit_steps)
+    visit = rh.fit_avatar(
+        views[0], start, decoder, config, pace, seed=args.seed, report=report
+    )
+    return [visit]
+
+
 def fit_planes(args, config, rank, world, device):
     """The second stage: avatars are independent under the frozen decoder.
 
-    Each rank takes every world-th; those that are finished are skipped, and those that cannot be
-    fitted, which are named at the end. While an avatar is fitted, the next one is read.
+    Each rank takes every world-th, args.together at a time; those that are finished are skipped,
+    and those that cannot be fitted, which are named at the end. While avatars are fitted, the next
+    ones are read.
     """
     decoder = load_decoder(args.fits, config, device)
     if config.mean_start and not args.fresh:
@@ -525,57 +541,70 @@ def fit_planes(args, config, rank, world, device):
     ahead = running.Ahead()
     folders = avatars_of(args.data)[:args.count]
     share = folders[rank::world]
+    groups = [tuple(share[k:k + args.together]) for k in range(0, len(share), args.together)]
+    after = dict(itertools.pairwise(groups))
     bar = running.Bar(total=len(share), disable=rank > 0, desc='avatars')
 
     def place(folder):
         return args.fits / f'{folder.name}.pt'
 
     def read(folder):
-        return functools.partial(read_avatar, folder, args, config)
-
-    after = dict(itertools.pairwise(share))
-    for folder in running.claimed(share, place, left):
-        bar.update()
-        saved = finished(place(folder), folder, decoder, settings)
-        if saved:
-            scores[folder.name] = saved['psnr']
-            continue
-
+        """An Avatar, or the Stop that says why it cannot be read."""
         try:
-            avatar = ahead.take(folder, read(folder))
-            following = after.get(folder)
-            if following and not place(following).exists():
-                ahead.begin(following, read(following))
-            visit = rh.fit_avatar(
-                avatar.views,
-                start,
-                decoder,
+            return read_avatar(folder, args, config)
+        except rh.Stop as stop:
+            return stop
+
+    def read_all(group):
+        return {folder: read(folder) for folder in group if not place(folder).exists()}
+
+    def leave_out(folder, stop):  # one of 46 thousand is not the end of all
+        failed[folder.name] = str(stop)
+        print(f'{folder.name} is left out: {stop}', file=sys.stderr, flush=True)
+
+    for group in running.claimed(groups, lambda group: place(group[0]), left):
+        avatars = ahead.take(group, functools.partial(read_all, group))
+        if group in after:
+            ahead.begin(after[group], functools.partial(read_all, after[group]))
+        for folder in group:
+            saved = finished(place(folder), folder, decoder, settings)
+            if saved:
+                scores[folder.name] = saved['psnr']
+                avatars.pop(folder, None)
+            elif folder not in avatars:  # its planes are of another decoder
+                avatars[folder] = read(folder)
+        for folder in [folder for folder, found in avatars.items() if isinstance(found, rh.Stop)]:
+            leave_out(folder, avatars.pop(folder))
+
+        visits = []
+        if avatars:
+            name = ', '.join(folder.name for folder in list(avatars)[:2])
+            try:
+                said = functools.partial(report, bar, name)
+                visits = fit_group(list(avatars.values()), start, decoder, config, args, said)
+            except rh.Stop as stop:
+                for folder in avatars:
+                    leave_out(folder, stop)
+        for (folder, avatar), visit in zip(avatars.items(), visits):
+            scores[folder.name] = []
+            if avatar.held_out:
+                field = rh.PlaneField(visit.planes, decoder)
+                scores[folder.name] = held_out_psnr(field, avatar.held_out, config, visit.grid)
+            write_planes(
+                place(folder),
+                visit.planes,
+                avatar.box,
                 config,
-                rh.by_seconds(args.seconds) if args.seconds else rh.by_steps(config.fit_steps),
-                seed=args.seed,
-                report=functools.partial(report, bar, folder.name),
+                decoder,
+                scores[folder.name],
+                settings,
+                avatar.source,
+                avatar.portrait,
             )
-        except rh.Stop as stop:  # one of 46 thousand is not the end of all
-            failed[folder.name] = str(stop)
-            print(f'{folder.name} is left out: {stop}', file=sys.stderr, flush=True)
-            continue
-        scores[folder.name] = []
-        if avatar.held_out:
-            field = rh.PlaneField(visit.planes, decoder)
-            scores[folder.name] = held_out_psnr(field, avatar.held_out, config, visit.grid)
-        write_planes(
-            place(folder),
-            visit.planes,
-            avatar.box,
-            config,
-            decoder,
-            scores[folder.name],
-            settings,
-            avatar.source,
-            avatar.portrait,
-        )
+        bar.update(len(group))
     bar.close()
     summary(args, 'fit', scores)
+    left = [folder for group in left for folder in group]
     say_what_is_left(left, failed, len(folders))
 
 
@@ -605,12 +634,15 @@ def report(bar, name, done, terms):
 def main(args):
     config = rh.make_config(args.preset, args.set)
     rank, world, device = running.start(args.device, args.seed, PATIENCE)
-    numbers = [args.downscale, args.held_out]
+    numbers = [args.downscale, args.held_out, args.together]
     if args.count is not None:
         numbers.append(args.count)
     seconds = 1.0 if args.seconds is None else args.seconds
     if min(numbers) < 1 or not 0 < seconds < math.inf:
-        rh.stop('--downscale, --held-out, --count and --seconds must be positive')
+        rh.stop('--downscale, --held-out, --together, --count and --seconds must be positive')
+    if args.together > 1 and (args.decoder or args.seconds):
+        rh.stop('--together is for the second stage (without --decoder), and for steps: without '
+                '--seconds')
     if args.seconds and world > 1 and args.decoder:
         rh.stop('--seconds with --decoder needs one rank: ranks must agree on the number of steps')
 
@@ -648,6 +680,9 @@ def parse(argv=None):
     p.add_argument('--count', type=int, help='only the first COUNT avatars (second stage)')
     p.add_argument('--seconds', type=float,
                    help='time to fit an avatar, instead of a number of steps')
+    p.add_argument('--together', type=int, default=1, metavar='N',
+                   help='fit so many avatars at once (second stage); a GPU takes little longer for '
+                        '64 of 128 x 128 texels than for one')
     p.add_argument('--downscale', type=int, default=1, help='average images down by this factor')
     p.add_argument('--held-out', type=int, default=10,
                    help='at most this many held-out views are measured')

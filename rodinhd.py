@@ -514,6 +514,12 @@ def sample_planes_by_rows(planes, points):
     """The same, faster: texels are rows of a table (M, C), and a point sums 12 of them."""
     _, C, R, _ = planes.shape
     table = planes.permute(0, 2, 3, 1).reshape(len(AXES) * R * R, C)  # no copy if channels-last
+    return RowSum.apply(table, *rows_of(points, R))
+
+
+def rows_of(points, R):
+    """The rows of a table of texels (3, R, R) that points (N, 3) lie between, int32 (N, 12), and
+    what each of them weighs (N, 12)."""
     points = points.detach().T.contiguous()  # (3, N): arithmetic on whole rows
     inside = (points.abs() <= 1).to(points)
 
@@ -534,7 +540,7 @@ def sample_planes_by_rows(planes, points):
         weight.append(shares[:, None, v] * shares[:, u])
     index = torch.stack(index).view(12, -1).T.contiguous()  # (N, 12)
     weight = torch.stack(weight).view(12, -1).T / PLANE_DIVISOR
-    return RowSum.apply(table, index, weight.contiguous())
+    return index, weight.contiguous()
 
 
 class RowSum(torch.autograd.Function):
@@ -1446,7 +1452,7 @@ def density_losses(field, points, generator):
     sparse is the mean of sigma, an L1 norm; smooth the mean of |sigma(p) - sigma(p')|, where p' is
     p plus 0.004 N(0, 1) (EG3D). Both are scalars, not yet weighted.
     """
-    noise = torch.randn(points.shape, generator=generator).to(points)
+    noise = torch.randn(points.shape, generator=generator, device=generator.device).to(points)
     beside = (points + 0.004 * noise).clamp(-1, 1)
     sigma, sigma_beside = field(torch.cat([points, beside]))[0].chunk(2)
     return {'sparse': sigma.mean(), 'smooth': (sigma - sigma_beside).abs().mean()}

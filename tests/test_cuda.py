@@ -1,6 +1,7 @@
 """Everything that runs on a GPU, on it and on the CPU: the same numbers, in fp32 and bf16, compiled
 and not. Skipped where there is no GPU; RODINHD_DEVICE=cpu runs it against the CPU itself, which
 tests the tests."""
+import functools
 import os
 
 import pytest
@@ -12,6 +13,7 @@ import provenance
 import rodinhd as rh
 import running
 import scenes
+import together
 import train
 
 DEVICE = os.environ.get('RODINHD_DEVICE', 'cuda')
@@ -119,6 +121,25 @@ def test_a_fit(data, tiny):
         assert visit.planes.isfinite().all()
         seen[device] = visit.planes.cpu()
     assert (seen[DEVICE] - seen['cpu']).abs().mean() < 0.02
+
+
+def test_a_fit_of_many(data, tiny):
+    """Fifty steps of two avatars at once show as much as on the CPU."""
+    folders = scenes.list_avatars(data)
+    views = [scenes.load_views(folder, 'train', scenes.read_box(folder)) for folder in folders]
+    prepared = [rh.prepare(x, tiny, 'cpu', decoder_learns=False) for x in views]
+    seen = {DEVICE: [], 'cpu': []}
+    for device, lost in seen.items():
+        torch.manual_seed(0)
+        decoder = rh.Decoder(tiny).to(device).requires_grad_(False)
+        start = rh.new_planes(decoder, tiny, torch.Generator().manual_seed(0))
+        report = functools.partial(keep_loss, lost)
+        together.fit(prepared, start, decoder, tiny, 51, report=report)
+    assert abs(seen[DEVICE][-1] / seen['cpu'][-1] - 1) < 0.15
+
+
+def keep_loss(lost, done, terms):
+    lost.append(terms['rgb'])
 
 
 # Networks -----------------------------------------------------------------------------------------
