@@ -370,19 +370,35 @@ HUES = (  # up to which hue, in degrees, a colour has its name
 
 
 def colour_name(rgb):
-    """The colour of COLOURS that an sRGB colour (3,) in 0..1 has."""
+    """The colour of COLOURS that an sRGB colour (3,) in 0..1 has.
+
+    The same hue has several names: dark pink is purple or red, dull orange is brown.
+    """
     light, chroma, hue = lightness_and_hue(rgb)
-    if chroma < 9 or light < 12:
+    warm = 30 < hue < 108
+    if chroma < (6 if warm and 20 < light < 50 else 9) or light < 5:
         return 'black' if light < 30 else 'grey' if light < 82 else 'white'
     name = next(name for most, name in HUES if hue <= most)
-    if name == 'red' and light > 62 and chroma < 60:
+    if name == 'pink' and chroma < 13:
+        return 'grey' if light > 40 else 'purple' if hue > 180 else 'brown'
+    if name == 'pink' and light < 50 and 180 < hue < 350:
+        return 'purple'
+    if name == 'pink' and light < 38:
+        return 'red'
+    if name == 'purple' and light > 85 and hue > 318:
         return 'pink'
-    if name in ('red', 'orange', 'yellow') and chroma < 40 and light < 60 and hue > 35:
-        return 'green' if hue > 100 else 'brown'
-    if name == 'orange' and light < 52:
+    if name == 'red' and (chroma < 15 or (chroma < 40 and light < 40 and hue > 35)):
         return 'brown'
-    if name == 'yellow' and light < 48:
-        return 'brown' if hue < 95 else 'green'
+    if name == 'red' and light > 58 and chroma < 60:
+        return 'pink'
+    if name in ('orange', 'yellow') and hue > 90 and light < 60:
+        return 'green' if chroma > 15 else 'brown'
+    if name == 'orange' and (chroma < 40 or light < 52):
+        return 'brown'
+    if name == 'yellow' and (light < 48 or chroma < 24):
+        return 'brown'
+    if name == 'turquoise' and hue < 180 and light < 50:
+        return 'green'
     return name
 
 
@@ -394,15 +410,17 @@ def shade_name(rgb):
     return 'dark' if light < 35 else 'light' if light > 72 else None
 
 
-def hair_name(rgb):
-    """The colour that hair of an sRGB colour has."""
+def hair_name(rgb, short=False):
+    """The colour that hair of an sRGB colour has. Black hair shines grey, blue and brown, and
+    `short` hair lies in its own shadow: red is less red there."""
     light, chroma, hue = lightness_and_hue(rgb)
+    warm = 25 <= hue < 100
     if (light < 24 and chroma < 14) or light < 14:
         return 'black'
-    if chroma < 9:
-        return 'black' if light < 30 else 'grey' if light < 75 else 'white'
-    if 25 <= hue < 100:
-        if chroma > 33 and hue < 66 and light > 25:
+    if chroma < (7 if warm else 10):
+        return 'black' if light < 38 else 'grey' if light < 75 else 'white'
+    if warm:
+        if light > 18 and hue < 62.5 and chroma > (22 if short else 26):
             return 'red'
         return 'blonde' if light > 52 and hue > 62 else 'brown'
     if hue < 25 and chroma < 22:
@@ -453,12 +471,16 @@ def seen_facts(rgb, alpha, length=None):
         return {}
     facts = {}
     facts['length'] = length or seen_length(rgba)
-    if facts['length'] != 'bald' and (hair := hair_colour(rgba, facts['length'])) is not None:
-        facts['hair'] = hair_name(hair)
-
+    hair = hair_colour(rgba, facts['length'])
     cheeks = [median_of(rgba, (0.3, 0.36), x) for x in ((0.42, 0.46), (0.54, 0.58))]
     if all(x is not None for x in cheeks):
-        facts['skin'] = skin_name(np.mean(cheeks, axis=0))
+        skin = np.mean(cheeks, axis=0)
+        facts['skin'] = skin_name(skin)
+        if hair is not None and length is None and facts['length'] == 'short' and alike(hair, skin):
+            facts['length'] = 'bald'
+        facts |= seen_beard(rgba, skin)
+    if facts['length'] != 'bald' and hair is not None:
+        facts['hair'] = hair_name(hair, facts['length'] == 'short')
     shoulders = [median_of(rgba, (0.64, 0.78), x) for x in ((0.2, 0.34), (0.66, 0.8))]
     if all(x is not None for x in shoulders):
         cloth = np.mean(shoulders, axis=0)
@@ -469,8 +491,30 @@ def seen_facts(rgb, alpha, length=None):
     return facts
 
 
+def alike(hair, skin):
+    """Whether what is on top of the head has the colour of skin: nobody's hair."""
+    (light, chroma, hue), (light2, chroma2, hue2) = map(lightness_and_hue, (hair, skin))
+    apart = chroma * np.exp(1j * np.radians(hue)) - chroma2 * np.exp(1j * np.radians(hue2))
+    return abs(apart) < 6 and light > light2 - 6
+
+
+BEARDED = 0.76  # of the lightness of the cheeks has a chin with a beard, at most
+
+
+def seen_beard(rgba, skin):
+    """{'beard': 'full'} where the chin is much darker than the cheeks, whose colour `skin` is, and
+    'none' where it is not darker; {} in between, and of dark faces, which tell nothing."""
+    chin = median_of(rgba, (0.41, 0.43), (0.47, 0.53))
+    light = lightness_and_hue(skin)[0]
+    if chin is None or light < 42:
+        return {}
+    share = lightness_and_hue(chin)[0] / light
+    return {'beard': 'full'} if share < BEARDED else {'beard': 'none'} if share > 0.86 else {}
+
+
 def hair_colour(rgba, length):
-    """The colour (3,) of hair: on top, and where it hangs beside the face half of it from there."""
+    """The colour (3,) of hair: on top, and of hair that hangs beside the face half of it from
+    there."""
     opaque = rgba[..., 3] > 0.5
     P = len(rgba)
     rows = np.flatnonzero(opaque.mean(1) > 0.02)
@@ -478,7 +522,7 @@ def hair_colour(rgba, length):
         return None
     above = rows[0] / P
     top = median_of(rgba, (above + 0.02, above + 0.075), (0.42, 0.58))
-    if length == 'short' or top is None:
+    if length in ('short', 'chin-length') or top is None:
         return top
     pixels = []
     for row in range(round(0.27 * P), round(0.43 * P)):
@@ -519,6 +563,8 @@ def facts_of(folder, rgb, alpha):
     facts = {}
     if 'factors' not in meta:
         facts = seen_facts(rgb, alpha, said.get('length'))
+        if said.get('sex') == 'woman':
+            facts.pop('beard', None)
     facts |= said
     text = folder / 'caption.txt'
     if text.is_file():

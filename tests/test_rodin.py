@@ -126,7 +126,8 @@ def drawn_portrait(hair_rows, width):
 def test_what_a_portrait_shows(rows, width, length):
     facts = captions.seen_facts(*drawn_portrait(rows, width))
     assert facts == {
-        'length': length, 'hair': 'brown', 'skin': 'pale', 'clothes': 'blue', 'shade': 'dark'
+        'length': length, 'hair': 'brown', 'skin': 'pale', 'clothes': 'blue', 'shade': 'dark',
+        'beard': 'none',
     }
 
 
