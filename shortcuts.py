@@ -144,7 +144,34 @@ class Condition(rh.Condition):
     front: torch.Tensor | None = None  # added to the first features, (B, c, R, 3R)
 
 
-class BaseUNet(rh.BaseUNet):
+class Shortcuts:
+    """What a network has with the shortcuts, beside its class of rodinhd.py: a `prior`, a `front`
+    layer, or None. `texels` is the height of its planes."""
+    def condition(self, portrait):
+        condition = Condition(**vars(super().condition(portrait)))
+        if self.prior is not None:
+            condition.prior = self.prior(portrait.latent, portrait.vector)
+        if self.front is not None:
+            condition.front = on_middle_plane(self.front, portrait, self.texels)
+        return condition
+
+    def first_features(self, x, condition):
+        features = super().first_features(x, condition)
+        return features if condition.front is None else features + condition.front
+
+    def forward(self, x, t, condition):
+        """What the network makes of (x, t, condition), plus the prior; its variance stays as it
+        is."""
+        if isinstance(condition, rh.Portrait):
+            condition = self.condition(condition)
+        out = super().forward(x, t, condition)
+        if condition.prior is None:
+            return out
+        variance = out.shape[2] - x.shape[2]  # channels
+        return out + F.pad(condition.prior, (0, 0, 0, 0, 0, variance))
+
+
+class BaseUNet(Shortcuts, rh.BaseUNet):
     """The base network that adds what all avatars have in common to its x_start, with the portrait
     laid onto the xz plane, or with both."""
     added = (*rh.BaseUNet.added, 'prior.by_vector.', 'front.')
@@ -152,11 +179,10 @@ class BaseUNet(rh.BaseUNet):
     def add_condition(self):
         super().add_condition()
         config = self.config
+        self.texels = config.base_resolution
         self.prior = None
         if with_components(config):
-            self.prior = Prior(
-                config, config.base_resolution, config.components, config.latent_width
-            )
+            self.prior = Prior(config, self.texels, config.components, config.latent_width)
 
     def add_body(self, *sizes):
         super().add_body(*sizes)
@@ -164,59 +190,19 @@ class BaseUNet(rh.BaseUNet):
         if self.config.base_aligned:
             self.front = front_layer(self.config, self.config.base_width)
 
-    def condition(self, portrait):
-        condition = Condition(**vars(super().condition(portrait)))
-        if self.prior is not None:
-            condition.prior = self.prior(portrait.latent, portrait.vector)
-        if self.front is not None:
-            condition.front = on_middle_plane(self.front, portrait, self.config.base_resolution)
-        return condition
 
-    def first_features(self, x, condition):
-        features = super().first_features(x, condition)
-        return features if condition.front is None else features + condition.front
-
-    def forward(self, x, t, condition):
-        return with_prior(super().forward, self, x, t, condition)
-
-
-class UpsampleUNet(rh.UpsampleUNet):
+class UpsampleUNet(Shortcuts, rh.UpsampleUNet):
     """The upsample network with what all avatars have in common (their mean alone), with the
     portrait laid onto the xz plane, or with both."""
     def add_condition(self):
         super().add_condition()
+        self.texels = self.config.resolution
         self.prior = None
         if self.config.components:
-            self.prior = Prior(self.config, self.config.resolution, 0)
+            self.prior = Prior(self.config, self.texels, 0)
 
     def add_body(self, *sizes):
         super().add_body(*sizes)
         self.front = None
         if self.config.aligned:
             self.front = front_layer(self.config, self.config.up_width)
-
-    def condition(self, portrait):
-        condition = Condition(**vars(super().condition(portrait)))
-        if self.prior is not None:
-            condition.prior = self.prior(portrait.latent)
-        if self.front is not None:
-            condition.front = on_middle_plane(self.front, portrait, self.config.resolution)
-        return condition
-
-    def first_features(self, x, condition):
-        features = super().first_features(x, condition)
-        return features if condition.front is None else features + condition.front
-
-    def forward(self, x, t, condition):
-        return with_prior(super().forward, self, x, t, condition)
-
-
-def with_prior(forward, network, x, t, condition):
-    """What `forward` makes of (x, t, condition), plus the prior; its variance stays as it is."""
-    if isinstance(condition, rh.Portrait):
-        condition = network.condition(condition)
-    out = forward(x, t, condition)
-    if condition.prior is None:
-        return out
-    variance = out.shape[2] - x.shape[2]  # channels
-    return out + F.pad(condition.prior, (0, 0, 0, 0, 0, variance))
