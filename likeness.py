@@ -695,6 +695,7 @@ class Photograph(NamedTuple):
     image: torch.Tensor  # (3, P, P) in [-1, 1], on white where it has alpha
     alpha: torch.Tensor  # (1, P, P)
     azimuth: float  # of the camera, degrees: 0 is the front, 90 the person's left side
+    known: torch.Tensor | None = None  # (1, P, P) in 0..1; None: all of it
 
 
 def refined_angles(field, cutout, azimuth):
@@ -727,12 +728,14 @@ def find_views(planes, decoder, photographs):
     """Finds the person of an avatar's planes (3, C, R, R) in further Photographs -> [View]."""
     field = frozen.freeze(planes.float(), decoder)
     views = []
-    for image, alpha, azimuth in photographs:
+    for image, alpha, azimuth, known in photographs:
         image, alpha = image.to(planes.device), alpha.to(planes.device)
+        if known is not None:
+            known = known.to(planes.device)
         angles = (azimuth, 0)
         for _ in range(2):  # the place tells the angles, and these a better place
             front = view_from(field, angles, image.shape[-1])
-            seen = straighten_one(*front, None, image, alpha)
+            seen = straighten_one(*front, None, image, alpha, known)
             cutout = Cutout((seen.images + 1) / 2, seen.alpha)
             angles = refined_angles(field, cutout, azimuth)
         views.append(View(seen, angles))

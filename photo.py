@@ -1,12 +1,13 @@
 """Photographs: an ordinary one becomes a portrait framed as the training portraits are.
 
-    find_faces -> crop_of -> square_of -> cut_out        `align` does it all; `read` where needed
+    find_faces -> crop_of -> square_of -> cut_out        `align` does it all; `read` where needed,
+                                                         `read_view` for one from the side
 
 The face is found (faces.py) and levelled, the crop shows head and shoulders, and the background
 goes.
 
 The chapters: 1 the square, 2 the person in the square, 3 what was done, 4 all of it, 5 is it a
-portrait already?
+portrait already?, 6 from the side.
 Places in the square are in pixels of one of SIDE x SIDE. What the square should show is measured
 on the frontal portraits of the 176 training avatars, which are of 32 identities (mean +- standard
 deviation): the eyes are at (111.5, 80.5) and (143.9, 80.6) +- 1, the chin is near 129, the top of
@@ -32,7 +33,9 @@ from faces import CENTRE, SIDE, WIDTH, on_white, resized
 NOT_A_PORTRAIT = 24  # pixels of the square by which a face is off where it should be
 MIS_SCALED = 1.3  # how many times too wide or too narrow it is
 MIS_TURNED = 14  # degrees
-HEAD_CUT = 0.25  # the share of a head that may be beyond the edge of the photograph
+HEAD_CUT = 0.12  # the share of a head that may be beyond the edge of the photograph
+SIDE_CUT = 75  # rows of a head, of 116, that may end at the left or right edge of the photograph
+SIDEWARDS = 85  # degrees of azimuth up to which faces are found
 
 
 def import_opencv():
@@ -318,6 +321,11 @@ def only_face(path, image, found, where):
     """Returns the one Face of what find_faces has found in an image; ends in one line where there
     is none, or several. where: what that line says of the square that may be given instead."""
     several, aside = found
+    if len(several) == 1 and aside:
+        rh.note(
+            f'{path}: the face that looks to the camera was taken, and not one from the side; '
+            f'for another give a square, --crop X Y SIZE'
+        )
     if not several:
         what = 'no face was found'
         if aside:
@@ -369,10 +377,45 @@ def tell(path, face, known):
         )
 
 
+def usual_head():
+    """Where a head is in the square, (SIDE, SIDE) bool."""
+    y, x = pixel_centres()
+    return ellipse(x, y, 128, 80, 42, 58)
+
+
 def cut_from_head(known):
     """How much of a head in its place in the square is not `known` (SIDE, SIDE), 0..1."""
-    y, x = pixel_centres()
-    return 1 - known[ellipse(x, y, 128, 80, 42, 58)].mean()
+    return 1 - known[usual_head()].mean()
+
+
+def rows_cut(known, alpha):
+    """In how many rows of the square a person's head, of alpha (SIDE, SIDE) in 0..1, ends where the
+    photograph ends at the left or right.
+
+    Of half a face that a photograph shows the network believes that it looks aside, and that all
+    of it is there.
+    """
+    reach = 12  # pixels; a mask is faint near an edge
+    shown = np.pad(known > 0.5, ((0, 0), (reach, reach)))
+    inner = ndimage.binary_erosion(shown, np.ones((1, 2 * reach + 1)))[:, reach:-reach]
+    ends = (alpha > 0.5) & ~inner & (known > 0.5) & usual_head()
+    return ends.any(1).sum()
+
+
+def refuse_cut_head(path, known, alpha, otherwise):
+    """Ends in one line, which says what to do otherwise, where too much of a head is beyond the
+    edge of the photograph; known, alpha (SIDE, SIDE) in 0..1."""
+    cut = cut_from_head(known)
+    if cut > HEAD_CUT:
+        what = f'{100 * cut:.0f} % of the head is'
+    elif rows_cut(known, alpha) > SIDE_CUT:
+        what = 'a side of the head is'
+    else:
+        return
+    rh.stop(
+        f'{path}: {what} beyond the edge of the picture; give one that shows all of it, '
+        f'or {otherwise}'
+    )
 
 
 def align(path, size, crop=None, sheet=None):
@@ -396,30 +439,36 @@ def aligned(path, image, size, crop, found, sheet):
         'the face in its middle a third of the way down and a third as wide'
     )
     face = None
-    roll = 0.0
     if crop is None:
         face = only_face(path, image, found, where)
+    else:
+        crop = [value / shrunk for value in crop] if shrunk > 1 else crop
+        check_crop(path, image, crop, where)
+    otherwise = ''
+    if face is not None:
+        x, y, side = (shrunk * value for value in crop_of(face))
+        otherwise = f'go on with --crop {x} {y} {side}'
+    return portrait_in(path, image, face, crop, size, sheet, otherwise)
+
+
+def portrait_in(path, image, face, crop, size, sheet, otherwise):
+    """Makes a portrait of what an RGBA image has around a Face or, where that is None, in a crop
+    -> Aligned. otherwise: see refuse_cut_head; the rest is as in `align`."""
+    roll = 0.0
+    if face is not None:
         crop = crop_of(face)
         if abs(face.roll) > 4:
             roll = face.roll
-    else:
-        crop = [value / shrunk for value in crop] if shrunk > 1 else crop
-    check_crop(path, image, crop, where)
 
     known = known_of(image, crop, roll)
-    cut = cut_from_head(known)
-    if face is not None and cut > HEAD_CUT:
-        x, y, side = (shrunk * value for value in crop)
-        rh.stop(
-            f'{path}: {100 * cut:.0f} % of the head is beyond the edge of the picture; '
-            f'give one that shows all of it, or go on with --crop {x} {y} {side}'
-        )
-    tell(path, face, known)
-
     square = square_of(image, crop, roll)
     transparent = np.asarray(image.getchannel('A')) < 128
     own = transparent.mean() > 0.1  # it has been cut out before
     result = cut_out(square, own)
+    if face is not None:
+        alpha = np.asarray(result.getchannel('A')) / 255
+        refuse_cut_head(path, known, alpha, otherwise)
+    tell(path, face, known)
     if sheet is not None:
         save_sheet(sheet, image, crop, roll, face, square, result)
 
@@ -481,6 +530,7 @@ def read(path, size, align_it=None, crop=None, sheet=None):
 
     found = faces.find_faces(image)
     if plain and not found[0]:  # drawings have faces that nobody finds
+        rh.note(f'{path}: no face was found in it; taken as a portrait as it is')
         return as_it_is
     if plain and len(found[0]) == 1 and framed(found[0][0], image):
         return as_it_is
@@ -493,3 +543,36 @@ def read(path, size, align_it=None, crop=None, sheet=None):
     result = aligned(path, image, size, None, found, sheet)
     rh.note(f'{path}: taken for a photograph, and aligned (--no-align takes it as it is)')
     return result
+
+
+# 6 From the side ----------------------------------------------------------------------------------
+def read_view(path, size, azimuth, align_it=None, sheet=None):
+    """Reads a further photograph, whose camera is at an azimuth, in degrees, around the head, as
+    `read` reads a portrait -> Aligned. Nobody is found from behind: there a person must be cut out,
+    or before a plain ground, and framed as the portrait is."""
+    image = scenes.open_image(path)
+    portrait = scenes.portrait_in_floats(scenes.portrait_pixels(path, image, size))
+    as_it_is = Aligned(*portrait, torch.ones_like(portrait[1]))
+    if align_it is False or faces.network() is None:
+        return as_it_is
+
+    found = faces.faces_from(image, azimuth) if abs(azimuth) < SIDEWARDS else []
+    in_place = not found or (len(found) == 1 and framed(found[0], image))
+    if in_place and on_plain_ground(portrait) and not align_it:
+        return as_it_is
+
+    otherwise = 'frame it as the portrait is, the head a third as wide, and say --no-align'
+    if len(found) != 1:
+        rh.stop(
+            f'{path}: {len(found) or "no"} faces were found in it; cut out the one person, '
+            f'or {otherwise}'
+        )
+    face, = found
+    if face.yaw * azimuth > 0 and min(abs(face.yaw), abs(azimuth)) > 20:
+        rh.note(
+            f'{path}: {azimuth:g} degrees were given, but the face looks to the '
+            f'{"right" if face.yaw > 0 else "left"}: should it be {-azimuth:g}?'
+        )
+    rh.note(f'{path}: taken for a photograph, and aligned (--no-align takes it as it is)')
+    face = face._replace(yaw=0)  # which was said, and is nothing to warn of
+    return portrait_in(path, image, face, None, size, sheet, otherwise)

@@ -21,7 +21,7 @@ Uses the models in runs/ (with fits/decoder.pt) where they have been trained, el
 weights/. Writes samples/<name>/:
 
     portrait.png                what the model saw (portrait1.png and so on of further portraits)
-    align.png                   what was done to a photograph
+    align.png, align-view.png   what was done to photographs
     grid.png                    each avatar from six sides
     turntable.webp, .gif, .mp4  the last where imageio-ffmpeg is installed
     viewer.html                 one file for a browser (viewer1.html and so on of further avatars)
@@ -61,7 +61,7 @@ import words
 
 AT_ONCE = 8  # avatars that are sampled together, with planes of 128 x 128 texels
 OURS = (  # files that a run may leave in its folder, besides meshes and splats
-    r'(align|portrait)\d*\.png|(grid|strip|prompt|edits)\.png|turntable\.(webp|gif|mp4)|'
+    r'(align|align-view|portrait)\d*\.png|(grid|strip|prompt|edits)\.png|turntable\.(webp|gif|mp4)|'
     r'viewer\d*\.html|planes\.pt'
 )
 SPLATS = ('.ply', '.glb')
@@ -331,13 +331,14 @@ def read_portraits(paths, size, args, folder):
     return Portraits(*map(torch.stack, zip(*read)))
 
 
-def read_photographs(args, size):
-    """Reads what --view gives -> [likeness.Photograph]."""
+def read_photographs(args, size, folder):
+    """Reads what --view gives, as read_portraits reads portraits -> [likeness.Photograph]."""
     found = []
-    for path, azimuth in map(photograph_of, args.view):
-        rgb, alpha = scenes.read_portrait(path, size)
+    for k, (path, azimuth) in enumerate(map(photograph_of, args.view)):
+        sheet = folder / export.numbered('align-view.png', k)
+        rgb, alpha, known = photo.read_view(path, size, azimuth, args.align, sheet)
         image = scenes.portrait_on_white(rgb, alpha)
-        found.append(likeness.Photograph(image, alpha, azimuth))
+        found.append(likeness.Photograph(image, alpha, azimuth, known))
     return found
 
 
@@ -645,7 +646,7 @@ def make(args, models, paths, folder, made_with, written):
     # The avatars.
     began = time.monotonic()
     count = args.count or (8 if args.interpolate else 1)  # of each portrait
-    photographs = read_photographs(args, config.portrait)
+    photographs = read_photographs(args, config.portrait, folder)
     sampled = sample(models, given, count, args, photographs, vectors)
     strips = []
     if args.edit:
@@ -732,8 +733,8 @@ def parse(argv=None):
                           'any, of which Stable Diffusion makes the portrait')
     one.add_argument('--unconditional', action='store_true', help='avatars of nobody')
     what.add_argument('--view', action='append', default=[], metavar='IMAGE:DEGREES',
-                      help='a further photograph of the person, framed like the portrait, and '
-                           'from where, such as left.png:-60; may be given several times')
+                      help='a further photograph of the person, and from where, such as '
+                           'left.png:-60; may be given several times')
     what.add_argument('--interpolate', type=Path, metavar='IMAGE',
                       help='from the portrait to this one, over --count avatars')
     what.add_argument('--count', type=int,

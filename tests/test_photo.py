@@ -294,6 +294,65 @@ def test_a_head_that_is_cut_is_refused(astronaut, tmp_path):
     assert '--crop' in str(stopped.value)
 
 
+def test_half_a_face_is_cut_at_its_side():
+    """The network takes what is there for a whole face that looks aside: only the rows tell."""
+    _, x = photo.pixel_centres()
+    everywhere = np.ones((256, 256))
+    right_half = (x > 110).astype(float)
+    assert photo.rows_cut(right_half, right_half) > photo.SIDE_CUT
+    assert photo.rows_cut(right_half, right_half * (x > 140)) == 0  # the head begins further in
+    assert photo.rows_cut(everywhere.T, everywhere) == 0
+    with pytest.raises(rh.Stop, match='a side of the head is'):
+        photo.refuse_cut_head('a.png', x > 93, x > 93, 'go on')
+
+
+def test_a_face_is_not_taken_upside_down():
+    """In the second of its rotations this picture has the face upside down, and MTCNN is sure of
+    it."""
+    if faces.network() is None:
+        pytest.skip('by MTCNN')
+    cbook = pytest.importorskip('matplotlib.cbook')
+    with Image.open(cbook.get_sample_data('grace_hopper.jpg')) as image:
+        turned = image.rotate(90, expand=True)
+    (face,), _ = faces.find_faces(turned.convert('RGBA'))
+    assert face.roll == pytest.approx(-90, abs=10)
+
+
+# From the side ------------------------------------------------------------------------------------
+def test_a_view_is_aligned_as_the_portrait_is(astronaut, tmp_path, capsys):
+    if faces.network() is None:
+        pytest.skip('by MTCNN')
+    path = tmp_path / 'a.png'
+    astronaut.reduce(2).save(path)
+    portrait = photo.read(path, 64)
+    seen = photo.read_view(path, 64, 0, sheet=tmp_path / 'align-view.png')
+    assert all(torch.equal(x, y) for x, y in zip(seen, portrait))
+    assert (tmp_path / 'align-view.png').exists()
+    as_it_is = photo.read_view(path, 64, 0, align_it=False)
+    assert torch.equal(as_it_is.rgb, scenes.read_portrait(path, 64)[0])
+    capsys.readouterr()
+
+    with pytest.raises(rh.Stop, match='no faces were found'):
+        photo.read_view(path, 64, 150)
+
+
+def test_faces_from_the_side_are_corrected(monkeypatch):
+    """A profile's eyes are in front of the head's middle, and closer together."""
+    found = faces.Face(100.0, 80.0, 78.0, 5.0, yaw=-60)  # looks to the left
+    monkeypatch.setattr(faces, 'by_network_in', lambda picture: [found])
+    face, = faces.faces_from(Image.new('RGBA', (256, 256)), 82)
+    assert face.roll == 0
+    assert face.width == pytest.approx(78 / 0.80)
+    assert face.x == pytest.approx(100 + 13.6 / 0.80)
+    assert face.y == pytest.approx(80)
+
+
+def test_a_cut_out_view_stays_as_it_is():
+    path = ROOT / 'examples' / 'smile.png'
+    seen = photo.read_view(path, 64, 170)
+    assert torch.equal(seen.rgb, scenes.read_portrait(path, 64)[0])
+
+
 # Crops by hand ------------------------------------------------------------------------------------
 def test_a_crop_by_hand_looks_for_no_face(astronaut, tmp_path, monkeypatch):
     monkeypatch.setattr(faces, 'find_faces', None)
