@@ -3,14 +3,16 @@
 Training meets what will come later: portraits as people have them (`photo`; `disturb` measures what
 that costs), and low-resolution planes as the base model makes them (`degrade`).
 
-A sample is made in two halves. `Draws`, in the processes that read, gives what is on disk as it is
-there: planes in fp16, portraits in bytes, and a seed. `drawn`, on the device, makes floats of them
-and draws noise, degradation and the like from that seed: on one core that took longer than a GPU
-takes for the step.
+A batch is made in two halves. `Draws` and `collate`, in the processes that read, give what is on
+disk as it is there: planes in fp16, portraits in bytes, and a seed of each sample. `drawn`, on the
+device, makes floats of them, noise, degradation and the like: on one core that took longer than a
+GPU takes for the step.
 
 All that is random about a sample follows from the seed, the step and the sample's place in the
 batch. So a run that was interrupted sees the same as one that was not, and any number of ranks,
-of reading processes and of micro-batches sees the same batches.
+of reading processes and of micro-batches sees the same batches. `Dice` has each sample's numbers,
+and what is made of them is made of the whole batch at once: sample by sample, a GPU would get
+thousands of small operations a step.
 """
 import math
 from pathlib import Path
@@ -153,14 +155,13 @@ class Planes(torch.utils.data.Dataset):
         return {'planes': planes, 'pixels': pixels.clone()}
 
     def with_patch(self, i, p, front=0.0):
-        """An item that also has a `patch`: what random_patch cuts out of a view or, with low
-        planes, a whole_view."""
+        """An item that also has a `patch`, which random_patch cuts out of a view or, with low
+        planes, the `rays` of a whole_view."""
         file = self.read(i)
         box = (file['centre'], file['half'])
         if self.low:
-            patch = whole_view(self.folder(i), box, p)
-        else:
-            patch = random_patch(self.folder(i), box, p, front)
+            return {**self.item(i, file), 'rays': whole_view(self.folder(i), box, p)}
+        patch = random_patch(self.folder(i), box, p, front)
         return {**self.item(i, file), 'patch': patch}
 
 
@@ -171,9 +172,9 @@ def is_finite(x):
 
 
 def in_floats(sample):
-    """A sample, or an item, with `x_start` in [-1, 1] in place of planes in fp16, and `portrait`
+    """An item, or a batch, with `x_start` in [-1, 1] in place of planes in fp16, and `portrait`
     (3, P, P) in [-1, 1] and `alpha` (1, P, P) in 0..1 in place of pixels."""
-    made = {name: x for name, x in sample.items() if name not in ('planes', 'pixels', 'seed')}
+    made = {name: x for name, x in sample.items() if name not in ('planes', 'pixels')}
     if 'planes' in sample:
         made['x_start'] = sample['planes'].float().clamp(-1, 1)
     if 'pixels' in sample:
@@ -213,29 +214,25 @@ class Draws(torch.utils.data.Dataset):
 MOST_SAMPLES = 2 ** 17  # of a batch: more than rodinhd.LARGEST allows
 
 
-def drawn(samples, draw, device):
-    """Makes a batch on the device of samples as Draws reads them.
+def drawn(batch, draw, device):
+    """Makes on the device what a step sees of a batch, as `collate` joined it.
 
-    draw(sample) is called with PyTorch seeded by the sample's own seed, and returns what of it is
-    random, or made of what is random, a dict.
+    draw(batch, dice) returns what of it is random, or made of what is random, a dict. The batch has
+    the `seed` of each sample, whose numbers are in the Dice.
     """
-    made = []
-    for sample in samples:
-        if 'stop' in sample:
-            rh.stop(sample['stop'])
-        sample = moved(sample, device)
-        torch.manual_seed(sample['seed'])
-        made.append(draw(in_floats(sample)))
-    return collate(made)
+    if 'stop' in batch:
+        rh.stop(batch['stop'])
+    return draw(in_floats(moved(batch, device)), Dice(batch['seed'], device))
 
 
 def moved(x, device):
-    """Tensors, and those in dicts, on a device; nobody waits for those that are pinned."""
+    """Tensors, and those in lists and dicts, on a device; nobody waits for those that are
+    pinned."""
     if torch.is_tensor(x):
         return x.to(device, non_blocking=True)
     if isinstance(x, dict):
         return {name: moved(value, device) for name, value in x.items()}
-    return x
+    return [moved(value, device) for value in x] if type(x) is list else x
 
 
 def shares(batch, rank, world, micro=0):
@@ -267,13 +264,15 @@ def indices(n, batch, begin, steps, seed, parts):
 
 
 def collate(samples):
-    """Joins samples, which are dicts, to a batch.
+    """Joins samples of Draws, which are dicts, to a batch.
 
-    Tensors that all samples have are stacked. What only some have, or what is no tensor, becomes a
-    list.
+    Tensors that all samples have are stacked, and rays of views are joined. What else only some
+    have, or what is no tensor, becomes a list.
     """
     found = {}
     for sample in samples:
+        if 'stop' in sample:
+            return sample
         for key, value in sample.items():
             found.setdefault(key, []).append(value)
 
@@ -281,7 +280,79 @@ def collate(samples):
     for key, values in found.items():
         stackable = len(values) == len(samples) and torch.is_tensor(values[0])
         batch[key] = torch.stack(values) if stackable else values
+    if 'rays' in batch:
+        batch['rays'] = joined([sample.get('rays') for sample in samples])
     return batch
+
+
+def joined(views):
+    """Joins the views of a batch, dicts of whole_view, or None for samples without -> a dict of all
+    rays, with the place `owner` (N,) of the sample that each is of, and the `share` (N,) of its
+    view that each is."""
+    found = {}
+    for place, view in enumerate(views):
+        if view is not None:
+            count = len(view['rgb'])
+            view = {
+                **view,
+                'owner': torch.full((count,), place),
+                'share': torch.full((count,), 1 / max(count, 1)),
+            }
+            for key, value in view.items():
+                found.setdefault(key, []).append(value)
+    return {key: torch.cat(values) for key, values in found.items()}
+
+
+# Chance -------------------------------------------------------------------------------------------
+MOST_NUMBERS = 256  # a sample
+
+
+class Dice:
+    """Random numbers for a batch: those of a sample follow from its seed, in any company.
+
+    A sample's few numbers are drawn at once, by a CPU, and handed out column by column (B, ...).
+    Noise, which is many numbers, is drawn on the device.
+    """
+    def __init__(self, seeds, device='cpu'):
+        self.seeds = seeds
+        self.device = torch.device(device)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = [torch.rand(MOST_NUMBERS, generator=generator) for generator in self.generators]
+        numbers = torch.stack(rows)
+        if self.device.type == 'cuda':
+            numbers = numbers.pin_memory()
+            self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.numbers = moved(numbers, device)
+        self.taken = 0
+
+    def uniform(self, *shape):
+        """Numbers from 0 to below 1, (B, *shape)."""
+        first = self.taken
+        self.taken += math.prod(shape)
+        if self.taken > MOST_NUMBERS:
+            raise ValueError(f'more than {MOST_NUMBERS} random numbers a sample')
+        return self.numbers[:, first:self.taken].reshape(len(self.seeds), *shape)
+
+    def between(self, least, most, *shape):
+        """Numbers between two others, (B, *shape)."""
+        return least + (most - least) * self.uniform(*shape)
+
+    def below(self, n):
+        """Whole numbers from 0 to n - 1, (B,)."""
+        return (self.uniform() * n).long().clamp(max=n - 1)  # a product in fp32 may round up to n
+
+    def normal(self, *shape):
+        """Unit noise (B, *shape)."""
+        noise = torch.empty(len(self.seeds), *shape, device=self.device)
+        for own, generator in zip(noise, self.generators, strict=True):
+            own.normal_(generator=generator)
+        return noise
+
+    def one_by_one(self):
+        """Yields the places 0 ... B - 1, with PyTorch seeded by the seed of the sample there."""
+        for place, seed in enumerate(self.seeds):
+            torch.manual_seed(seed)
+            yield place
 
 
 # Portraits as people have them --------------------------------------------------------------------
@@ -300,30 +371,24 @@ def place(rgb, alpha, scale, shift):
     return F.grid_sample(rgba, grid, align_corners=False)
 
 
-def uniform(least, most, images):
-    """Draws a number between `least` and `most` for each of images (B, ...): (B, 1, 1, 1)."""
-    share = torch.rand(len(images), 1, 1, 1, device=images.device)
-    return least + (most - least) * share
-
-
-def photo(rgb, alpha):
+def photo(rgb, alpha, dice):
     """Makes portraits look as if people had taken them.
 
     Takes rgb (B, 3, P, P) in [-1, 1] and alpha (B, 1, P, P) and returns (B, 3, P, P) in [-1, 1]:
     scaled by up to 10 %, shifted by up to 5 %, with other colours and light, on a ground, sometimes
     blurred, sometimes cut off.
     """
-    scale = uniform(0.9, 1.1, rgb).flatten()
-    shift = 0.05 * (2 * torch.rand(len(rgb), 2, device=rgb.device) - 1)
+    scale = dice.between(0.9, 1.1)
+    shift = dice.between(-0.05, 0.05, 2)
     rgba = place(rgb, alpha, scale, shift)
     opacity = rgba[:, 3:]
 
-    person = relight(jitter(rgba[:, :3], opacity))
-    image = (person + (1 - opacity) * random_ground(rgb)).clamp(0, 1)
-    return cut_off(soften(image)) * 2 - 1
+    person = relight(jitter(rgba[:, :3], opacity, dice), dice)
+    image = (person + (1 - opacity) * random_ground(rgb.shape[-1], dice)).clamp(0, 1)
+    return cut_off(soften(image, dice), dice) * 2 - 1
 
 
-def jitter(rgb, alpha):
+def jitter(rgb, alpha, dice):
     """Varies saturation by 15 %, contrast and brightness by 10 % of premultiplied portraits."""
     grey = rgb.mean(1, keepdim=True)
 
@@ -331,26 +396,24 @@ def jitter(rgb, alpha):
     covered = alpha.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
     mean = rgb.mean((1, 2, 3), keepdim=True) / covered
 
-    saturated = grey + (rgb - grey) * uniform(0.85, 1.15, rgb)
-    contrasted = mean * alpha + (saturated - mean * alpha) * uniform(0.9, 1.1, rgb)
-    return contrasted * uniform(0.9, 1.1, rgb)
+    saturated = grey + (rgb - grey) * dice.between(0.85, 1.15, 1, 1, 1)
+    contrasted = mean * alpha + (saturated - mean * alpha) * dice.between(0.9, 1.1, 1, 1, 1)
+    return contrasted * dice.between(0.9, 1.1, 1, 1, 1)
 
 
-def relight(images):
+def relight(images, dice):
     """Varies the white balance of images (B, 3, P, P) by 6 %, and lets half of them be brighter,
     by up to 15 %, towards one side."""
-    B, _, P, _ = images.shape
-    device = images.device
-    balance = 1 + 0.06 * (2 * torch.rand(B, 3, 1, 1, device=device) - 1)
+    balance = dice.between(0.94, 1.06, 3, 1, 1)
 
-    angle = uniform(0, 2 * math.pi, images)
-    across = torch.linspace(-1, 1, P, device=device)
+    angle = dice.between(0, 2 * math.pi, 1, 1, 1)
+    across = torch.linspace(-1, 1, images.shape[-1], device=images.device)
     ramp = angle.cos() * across + angle.sin() * across[:, None]  # (B, 1, P, P)
-    light = 1 + uniform(-0.15, 0.15, images).clamp(min=0) * ramp
+    light = 1 + dice.between(-0.15, 0.15, 1, 1, 1).clamp(min=0) * ramp
     return images * balance * light
 
 
-def cut_off(images):
+def cut_off(images, dice):
     """Cuts images (B, C, P, P) off at their edges, as the frame of a photograph does.
 
     Beyond the cut the picture goes on as it was at its edge (likeness.straighten does the same to
@@ -358,62 +421,75 @@ def cut_off(images):
     shoulders or the chin. One in seven loses up to a sixth on the left, as many on the right, and
     one in twenty a little at the top.
     """
-    def share(odds, most):
-        """How much each image loses at one side, in shares of its size."""
-        chosen = torch.rand(len(images)) < odds
-        return chosen * most * torch.rand(len(images))
-
     P = images.shape[-1]
-    below, left, right, above = (
-        (share(odds, most) * P).long().tolist()
-        for odds, most in ((2 / 5, 0.45), (1 / 7, 1 / 6), (1 / 7, 1 / 6), (1 / 20, 0.08))
-    )
+
+    def lost(odds, most):
+        """How many pixels each image loses at one side, (B, 1)."""
+        chosen = dice.uniform(1) < odds
+        return (chosen * most * dice.uniform(1) * P).long()
+
+    below = lost(2 / 5, 0.45)
+    left, right = lost(1 / 7, 1 / 6), lost(1 / 7, 1 / 6)
+    above = lost(1 / 20, 0.08)
     pixels = torch.arange(P, device=images.device)
-    cut = []
-    for image, *lost in zip(images, below, left, right, above):
-        rows = pixels.clamp(lost[3], P - 1 - lost[0])
-        columns = pixels.clamp(lost[1], P - 1 - lost[2])
-        cut.append(image[:, rows][:, :, columns])
-    return torch.stack(cut)
+    rows = pixels.clamp(above, P - 1 - below)
+    columns = pixels.clamp(left, P - 1 - right)
+    return picked(images, rows, columns)
 
 
-def mirrored(sample):
-    """A sample in floats whose avatar is mirrored, left for right: planes, portrait, and the rays
-    of a patch. Exact where colours do not depend on the view."""
-    xy, xz, yz = sample['x_start']  # the first two run along x
-    made = {
-        'x_start': torch.stack([xy.flip(-1), xz.flip(-1), yz]),
-        'portrait': sample['portrait'].flip(-1),
-        'alpha': sample['alpha'].flip(-1),
-    }
-    if 'patch' in sample:
-        patch = sample['patch']
-        left_for_right = torch.tensor([-1.0, 1.0, 1.0], device=xy.device)
-        turned = {name: patch[name] * left_for_right for name in ('rays_o', 'rays_d')}
-        made['patch'] = {**patch, **turned}
-    return {**sample, **made}
+def picked(images, rows, columns):
+    """Some rows (B, H) and columns (B, W) of images (B, C, P, P) -> (B, C, H, W)."""
+    B, C, _, P = images.shape
+    rows = rows[:, None, :, None].expand(B, C, -1, P)
+    columns = columns[:, None, None].expand(B, C, rows.shape[2], -1)
+    return images.gather(2, rows).gather(3, columns)
 
 
-def random_ground(images):
-    """Draws a background in 0..1 for each of images (B, 3, P, P).
+def mirrored(batch, chosen):
+    """A batch in floats of which the chosen (B,) avatars are mirrored, left for right: planes,
+    portraits, and the rays of patches and views. Exact where colours do not depend on the view."""
+    def turned(x, mirror_image):
+        return torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), mirror_image, x)
+
+    x_start = batch['x_start']
+    xy, xz, yz = x_start.unbind(1)  # the first two run along x
+    made = {'x_start': turned(x_start, torch.stack([xy.flip(-1), xz.flip(-1), yz], dim=1))}
+    for name in ('portrait', 'alpha'):
+        made[name] = turned(batch[name], batch[name].flip(-1))
+
+    signs = torch.ones(len(x_start), 3, device=x_start.device)  # of the three axes
+    signs[:, 0] = 1 - 2 * chosen.float()
+    if 'rays' in batch:
+        made['rays'] = with_signs(batch['rays'], signs[batch['rays']['owner']])
+    if 'patch' in batch:
+        made['patch'] = [with_signs(*both) for both in zip(batch['patch'], signs)]
+    return {**batch, **made}
+
+
+def with_signs(rays, signs):
+    """Rays in a dict, with their axes multiplied by signs (..., 3)."""
+    return {**rays, **{name: rays[name] * signs for name in ('rays_o', 'rays_d')}}
+
+
+def random_ground(P, dice):
+    """Draws backgrounds (B, 3, P, P) in 0..1.
 
     Half of them are white, a quarter are of one colour, a quarter have a soft pattern.
     """
-    B, _, P, _ = images.shape
-    kind = uniform(0, 1, images)
-    flat = torch.rand(B, 3, 1, 1, device=images.device)
-    blobs = torch.rand(B, 3, 5, 5, device=images.device)
+    kind = dice.uniform(1, 1, 1)
+    flat = dice.uniform(3, 1, 1)
+    blobs = dice.uniform(3, 5, 5)
     pattern = F.interpolate(blobs, size=P, mode='bicubic').clamp(0, 1)
 
     ground = torch.where(kind < 0.75, flat, pattern)
-    return torch.where(kind < 0.5, torch.ones_like(flat), ground)
+    return torch.where(kind < 0.5, 1.0, ground)
 
 
-def soften(images):
+def soften(images, dice):
     """Blurs half of images (B, 3, P, P), by up to the mean of 3 x 3 pixels."""
     padded = F.pad(images, (1, 1, 1, 1), mode='replicate')
     soft = F.avg_pool2d(padded, 3, stride=1)
-    return torch.lerp(images, soft, uniform(-1, 1, images).clamp(min=0))
+    return torch.lerp(images, soft, dice.between(-1, 1, 1, 1, 1).clamp(min=0))
 
 
 def disturb(rgb, alpha, photographs, seed):
@@ -446,14 +522,14 @@ def piece_of_one(photographs, P, generator):
 
 
 # Planes as the base model makes them --------------------------------------------------------------
-def degrade(planes, size):
+def degrade(planes, size, dice):
     """Makes low-resolution planes as a base model might: condition augmentation.
 
     Takes planes (B, 3, C, R, R) and returns (B, 3, C, size, size) in [-1, 1]: a random combination
     of downsampling, Gaussian blur and Gaussian noise (Rodin, section 3.3). Neither paper says how
     much; the odds of blur and noise are those of the authors' code, a light BSRGAN degradation.
     """
-    degraded = [degrade_one(x, size) for x in planes]
+    degraded = [degrade_one(planes[k], size) for k in dice.one_by_one()]
     return torch.stack(degraded).clamp(-1, 1)
 
 
@@ -570,7 +646,8 @@ def whole_view(folder, box, p):
 
     Takes the folder of an avatar and its box. Returns a dict of rays_o and rays_d (N, 3), rgb
     (N, 3) on black in 0..1, and alpha (N, 1), of those pixels whose ray meets the box and which no
-    mask hides.
+    mask hides; and, drawn for each of them, the colour of its ground (N, 3) and the offset (N,) of
+    its samples.
     """
     pick = int(torch.randint(2 ** 30, ()))
     view = scenes.load_views(folder, 'train', box, pick=pick)
@@ -592,6 +669,8 @@ def whole_view(folder, box, p):
         'rays_d': rays_d[used],
         'rgb': rgba[:, :3] * rgba[:, 3:],
         'alpha': rgba[:, 3:],
+        'ground': torch.rand(len(rgba), 3),
+        'offset': torch.rand(len(rgba)),
     }
 
 

@@ -52,14 +52,14 @@ class Described(torch.utils.data.Dataset):
 
 
 def on_white(item):
-    """The portrait (3, S, S) of an item of Described, on white."""
+    """The portrait (..., 3, S, S) of an item of Described, or of a batch, on white."""
     return scenes.portrait_on_white(item['portrait'], item['alpha'])
 
 
-def some_facts(facts):
-    """Facts (F,) of which a random share is left out, as sentences leave out most."""
-    least = torch.rand((), device=facts.device) ** 2
-    return facts * (torch.rand(len(facts), device=facts.device) >= least)
+def some_facts(facts, dice):
+    """Facts (B, F) of which a random share is left out, as sentences leave out most."""
+    least = dice.uniform(1) ** 2
+    return facts * (dice.uniform(facts.shape[1]) >= least)
 
 
 class Latents(torch.utils.data.Dataset):
@@ -76,11 +76,11 @@ class Latents(torch.utils.data.Dataset):
             rgb, alpha = item['portrait'], item['alpha']
             images = [scenes.portrait_on_white(rgb, alpha)]
             if config.augment:
-                with torch.random.fork_rng():
-                    torch.manual_seed(i)
-                    images += batches.photo(
-                        rgb.expand(views - 1, *rgb.shape), alpha.expand(views - 1, *alpha.shape)
-                    )
+                others = range(i * (views - 1), (i + 1) * (views - 1))
+                images += batches.photo(
+                    rgb.expand(views - 1, -1, -1, -1), alpha.expand(views - 1, -1, -1, -1),
+                    batches.Dice(others),
+                )
             found.append(clip.encode_images(torch.stack(images).to(clip.device)).cpu())
         self.z = torch.stack(found)
         self.facts = torch.stack([item['facts'] for item in described])
@@ -131,13 +131,12 @@ def prepare_clip(args, config, device):
     items = Described(args.data, config, rodin.SIDE)
     network = running.build('clip', config)
 
-    def draw(sample):
-        pictures = [sample['portrait'][None], sample['alpha'][None]]
+    def draw(batch, dice):
         return {
-            'image': on_white(sample),
-            'other': batches.photo(*pictures)[0],
-            'facts': sample['facts'],
-            'said': some_facts(sample['facts']),
+            'image': on_white(batch),
+            'other': batches.photo(batch['portrait'], batch['alpha'], dice),
+            'facts': batch['facts'],
+            'said': some_facts(batch['facts'], dice),
         }
 
     def picture(network):
@@ -159,16 +158,16 @@ def prepare_latents(args, config, device):
     network = running.build(args.stage, config)
     of_words = args.stage == 'text'
 
-    def draw(sample):
-        view = torch.randint(len(sample['z']), ())
+    def draw(batch, dice):
+        count, views, _ = batch['z'].shape
         made = {
-            'z': sample['z'][view],
-            'noise': torch.randn(config.latent_width, device=device),
-            't': torch.randint(config.prior_timesteps, (), device=device),
+            'z': batch['z'][torch.arange(count, device=device), dice.below(views)],
+            'noise': dice.normal(config.latent_width),
+            't': dice.below(config.prior_timesteps),
         }
         if of_words:
-            made['said'] = some_facts(sample['facts'])
-            made['keep'] = torch.rand((), device=device) >= config.condition_drop
+            made['said'] = some_facts(batch['facts'], dice)
+            made['keep'] = dice.uniform() >= config.condition_drop
         return made
 
     def loss(network, batch):

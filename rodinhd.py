@@ -1977,7 +1977,7 @@ class PortraitTokens(nn.Module):
     def __init__(self, config, used):
         super().__init__()
         self.used = used
-        self.positions = config.positions
+        self.positions = Positions() if config.positions else None
         _, maps = feature_shapes(config)
         self.patches = nn.ModuleList()
         for i in used:
@@ -1993,7 +1993,7 @@ class PortraitTokens(nn.Module):
         for i, patch in zip(self.used, self.patches):
             tokens[i] = patch(maps[i]).flatten(2).transpose(1, 2)  # (B, 64, W)
             if self.positions:
-                tokens[i] = tokens[i] + position_encoding(8, 8, tokens[i].shape[2]).to(tokens[i])
+                tokens[i] = tokens[i] + self.positions(8, 8, tokens[i])
         return tokens
 
 
@@ -2055,6 +2055,20 @@ def position_encoding(rows, columns, width):
     row, column = torch.meshgrid(row, column, indexing='ij')
     halves = [timestep_embedding(x.reshape(-1), width // 2) for x in (row, column)]
     return torch.cat(halves, dim=1)
+
+
+class Positions:
+    """position_encoding of images that have (rows, columns), made once for each size: on a GPU
+    that is 20 kernels, or a copy."""
+    def __init__(self):
+        self.made = {}
+
+    def __call__(self, rows, columns, like):
+        """Returns it in width, type and device of cells (B, rows * columns, width)."""
+        key = (rows, columns, like.shape[2], like.dtype, like.device)
+        if key not in self.made:
+            self.made[key] = position_encoding(rows, columns, like.shape[2]).to(like)
+        return self.made[key]
 
 
 class AwareConv(nn.Module):
@@ -2157,7 +2171,7 @@ class Attention(nn.Module):
             raise ValueError(f'{channels} channels are no multiple of head width {head}')
         self.heads = channels // head
         self.map = map
-        self.positions = positions
+        self.positions = Positions() if positions else None
         self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels if joint else channels)
         self.proj = zero(nn.Linear(channels, channels))
@@ -2177,7 +2191,7 @@ class Attention(nn.Module):
     def forward(self, x, keys_values=()):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, 3HH, c)
         if self.positions:
-            h = h + position_encoding(*x.shape[2:], x.shape[1]).to(h)
+            h = h + self.positions(*x.shape[2:], h)
         parts = self.qkv.out_features // self.qkv.in_features
         q, *own = self.split(self.qkv(h), parts)  # (B, heads, 3HH, head)
 
@@ -2520,23 +2534,36 @@ class Diffusion:
         # beta~ is zero at t = 0; its logarithm there is that at t = 1
         variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
         self.posterior_logvar = torch.cat([variance[1:2], variance[1:]]).log()
+        of_start = self.alpha_bar_prev.sqrt() * self.betas / (1 - self.alpha_bar)
+        of_t = (1 - self.betas).sqrt() * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        self.tables = {
+            'alpha_bar': self.alpha_bar,
+            'sqrt(alpha_bar)': self.alpha_bar.sqrt(),
+            'sqrt(1 - alpha_bar)': (1 - self.alpha_bar).sqrt(),
+            'posterior of x_start': of_start,
+            'posterior of x_t': of_t,
+            'posterior log variance': self.posterior_logvar,
+            'log beta': self.betas.log(),
+        }
+        self.sent = {}  # the tables on a device: a GPU's host would wait for each of them
 
-    def entries(self, table, t):
-        """Entries t (B,) of a float64 table in float32, shaped to multiply planes."""
-        return table.float().to(t.device)[t].view(-1, 1, 1, 1, 1)
+    def entries(self, name, t):
+        """Entries t (B,) of one of the tables in float32, shaped to multiply planes."""
+        if t.device not in self.sent:
+            self.sent[t.device] = {k: x.float().to(t.device) for k, x in self.tables.items()}
+        return self.sent[t.device][name][t].view(-1, 1, 1, 1, 1)
 
     def q_sample(self, x_start, t, noise):
         """x_t = sqrt(alpha_bar) x_start + sqrt(1 - alpha_bar) noise (DDPM, Eq. 4)."""
-        of_start = self.entries(self.alpha_bar.sqrt(), t)
-        of_noise = self.entries((1 - self.alpha_bar).sqrt(), t)
+        of_start = self.entries('sqrt(alpha_bar)', t)
+        of_noise = self.entries('sqrt(1 - alpha_bar)', t)
         return of_start * x_start + of_noise * noise
 
     def posterior(self, x_start, x_t, t):
         """Mean and log variance of q(x_{t-1} | x_t, x_start) (DDPM, Eqs. 6 and 7)."""
-        of_start = self.alpha_bar_prev.sqrt() * self.betas / (1 - self.alpha_bar)
-        of_t = (1 - self.betas).sqrt() * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
-        mean = self.entries(of_start, t) * x_start + self.entries(of_t, t) * x_t
-        return mean, self.entries(self.posterior_logvar, t)
+        of_start = self.entries('posterior of x_start', t)
+        of_t = self.entries('posterior of x_t', t)
+        return of_start * x_start + of_t * x_t, self.entries('posterior log variance', t)
 
     def x_start_of(self, prediction, x_t, alpha_bar):
         """x_start by what the model predicts; alpha_bar is a number, or entries for each sample."""
@@ -2560,7 +2587,7 @@ class Diffusion:
             out, variance = out.chunk(2, dim=2)
         target = noise if self.predict == 'noise' else x_start
         terms = {'mse': F.mse_loss(out, target)}
-        predicted = self.x_start_of(out, x_t, self.entries(self.alpha_bar, t))
+        predicted = self.x_start_of(out, x_t, self.entries('alpha_bar', t))
         if self.learned_variance:
             terms['vlb'] = self.variance_loss(x_start, x_t, t, predicted.detach(), variance)
         return terms, predicted
@@ -2573,13 +2600,13 @@ class Diffusion:
         """
         true_mean, low_logvar = self.posterior(x_start, x_t, t)
         mean, _ = self.posterior(predicted, x_t, t)
-        high_logvar = self.entries(self.betas.log(), t)
+        high_logvar = self.entries('log beta', t)
         logvar = low_logvar + (variance + 1) / 2 * (high_logvar - low_logvar)
 
         kl = logvar - low_logvar + torch.exp(low_logvar - logvar)
         kl = (kl + (true_mean - mean) ** 2 * torch.exp(-logvar) - 1) / 2
-        first = t == 0
-        kl[first] = -discretised_log_likelihood(x_start[first], mean[first], logvar[first] / 2)
+        is_first = (t == 0).view(-1, 1, 1, 1, 1)
+        kl = torch.where(is_first, -discretised_log_likelihood(x_start, mean, logvar / 2), kl)
         return kl.mean() / math.log(2) * self.timesteps / 1000
 
     @torch.no_grad()

@@ -581,7 +581,11 @@ def load_optimizer(optimizer, state):
         {name: value for name, value in group.items() if name != 'params'}
         for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(state)
+    groups = [
+        {**saved, 'fused': own.get('fused')}  # says on which device steps are counted
+        for saved, own in zip(state['param_groups'], settings, strict=True)
+    ]
+    optimizer.load_state_dict({**state, 'param_groups': groups})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
         for p in group['params']:
@@ -973,8 +977,9 @@ class EMA:
     def update(self, module):
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, p in module.named_parameters():
-            self.shadow[name].lerp_(p.float(), 1 - decay)
+        now = {name: p.float() for name, p in module.named_parameters()}
+        averages = [self.shadow[name] for name in now]
+        torch._foreach_lerp_(averages, list(now.values()), 1 - decay)
 
 
 def print_departures(config):

@@ -145,13 +145,15 @@ class Cells:
 
 @torch.no_grad()
 def march(fields, cells, owner, rays_o, rays_d, steps, offset):
-    """Samples of rays in cells that may hold something, of which light reaches all that are
-    returned: rodinhd.march for rays (N, 3) of many owners (N,)."""
+    """Samples of rays in cells that may hold something, or with cells None in all, of which light
+    reaches all that are returned: rodinhd.march for rays (N, 3) of many owners (N,)."""
     lattice = rh.lattice_of(rays_o, rays_d, steps, offset)
     k = torch.arange(steps + 1, device=rays_o.device)
     t = lattice.start[:, None] + k * lattice.delta
     points = (rays_o[:, None] + t[..., None] * rays_d[:, None]).clamp(-1, 1)  # (N, K, 3)
-    keep = (k < lattice.count[:, None]) & cells.occupied[cells.number(points, owner[:, None])]
+    keep = k < lattice.count[:, None]
+    if cells is not None:
+        keep = keep & cells.occupied[cells.number(points, owner[:, None])]
     kept = keep.view(-1).nonzero()[:, 0]
     ray = kept // len(k)
     points = points.view(-1, 3)[kept]
@@ -161,18 +163,25 @@ def march(fields, cells, owner, rays_o, rays_d, steps, offset):
     return rh.Samples(ray[lit], t.view(-1)[kept[lit]], points[lit])
 
 
+def render(fields, cells, owner, rays_o, rays_d, steps, offset, background=1.0):
+    """rodinhd.render for rays (N, 3) of many owners (N,)."""
+    ray, t, points = march(fields, cells, owner, rays_o, rays_d, steps, offset)
+    sigma, rgb = fields(points, owner[ray], rays_d[ray])
+    delta = rh.step_length(steps)
+    return rh.composite(sigma, rgb, t, ray, len(rays_o), delta, background)
+
+
 def losses_of_rays(fields, rays, cells, config, generator):
     """rodinhd.ray_losses, as the sum over avatars."""
     owner, rays_o, rays_d, target = rays.draw(config.rays, generator)
     offset = torch.rand(len(rays_o), generator=generator, device=owner.device)
-    ray, t, points = march(fields, cells, owner, rays_o, rays_d, config.steps, offset)
-    sigma, rgb = fields(points, owner[ray], rays_d[ray])
-    delta = rh.step_length(config.steps)
-    rendered = rh.composite(sigma, rgb, t, ray, len(rays_o), delta)
+    rendered = render(fields, cells, owner, rays_o, rays_d, config.steps, offset)
     B = len(rays.counts)
     terms = {'rgb': B * F.mse_loss(rendered.rgb, target)}
     if config.weight_distortion:
-        spread = rh.distortion(rendered.weights, t, ray, len(rays_o), config.steps)
+        spread = rh.distortion(
+            rendered.weights, rendered.t, rendered.ray_index, len(rays_o), config.steps
+        )
         terms['distortion'] = B * config.weight_distortion * spread
     return terms
 

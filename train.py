@@ -42,6 +42,7 @@ import refiner
 import rodinhd as rh
 import running
 import scenes
+import together
 import watching
 import words
 
@@ -53,7 +54,7 @@ VIEW_SIDE = 32  # ... pixels a side
 class Stage(NamedTuple):
     """What is special about a stage; `train` is the same for all."""
     data: torch.utils.data.Dataset  # batches.Draws
-    draw: Callable  # draw(sample) -> dict: what the loss needs of it, on the device; see batches
+    draw: Callable  # draw(batch, dice) -> dict: what the loss needs, on the device; see batches
     network: nn.Module
     loss: Callable  # loss(network, batch) -> dict of terms, means over samples; the loss is the sum
     picture: Callable  # picture(network) -> images (6, 3, H, W) in [-1, 1]: portraits, results
@@ -130,24 +131,26 @@ def image_loss(x_start, patches, config, decoder, distance):
 
 @torch.autocast('cpu', enabled=False)
 @torch.autocast('cuda', enabled=False)
-def view_loss(x_start, views, config, decoder):
+def view_loss(x_start, rays, config, decoder):
     """The mean squared error of views, rendered of predicted low-resolution planes (B, 3, C, r, r),
     the first of which have a view each.
 
-    views: of batches.whole_view, with a ground for each ray, lest outlines count in some colours
-    alone, and an offset of its samples. Returns {'view'}, counted as image_loss counts.
+    rays: of batches.whole_view, joined, with a ground for each, lest outlines count in some colours
+    alone, and an offset of its samples; None where there are no views. Returns {'view'}, counted as
+    image_loss counts.
     """
+    if rays is None:
+        return {'view': torch.zeros((), device=x_start.device)}
     count = len(x_start) * min(config.base_views, config.base_batch) / config.base_batch
-    error = torch.zeros((), device=x_start.device)
-    for planes, view in zip(x_start, views):
-        field = rh.PlaneField(planes.clamp(-1, 1).float(), decoder)
-        ground = view['ground']
-        rgb = rh.render(
-            field, view['rays_o'], view['rays_d'], VIEW_STEPS, None, view['offset'], ground
-        ).rgb
-        truth = view['rgb'] + (1 - view['alpha']) * ground
-        error = error + F.mse_loss(rgb, truth) / count
-    return {'view': error}
+    ground = rays['ground']
+    fields = together.Fields(x_start.clamp(-1, 1).float(), decoder)
+    rendered = together.render(
+        fields, None, rays['owner'], rays['rays_o'], rays['rays_d'],
+        VIEW_STEPS, rays['offset'], ground,
+    )
+    truth = rays['rgb'] + (1 - rays['alpha']) * ground
+    error = (rendered.rgb - truth).square().mean(1)
+    return {'view': (rays['share'] * error).sum() / count}
 
 
 # Stages -------------------------------------------------------------------------------------------
@@ -162,11 +165,12 @@ def portraits_of(shown, device):
     return torch.stack(images).to(device)
 
 
-def portrait_in_training(sample, config):
-    """The portrait (3, P, P) of a sample as training shows it: like a photograph, or as it is."""
+def portraits_in_training(batch, config, dice):
+    """The portraits (B, 3, P, P) of a batch as training shows them: like photographs, or as they
+    are."""
     if config.augment:
-        return batches.photo(sample['portrait'][None], sample['alpha'][None])[0]
-    return scenes.portrait_on_white(sample['portrait'], sample['alpha'])
+        return batches.photo(batch['portrait'], batch['alpha'], dice)
+    return scenes.portrait_on_white(batch['portrait'], batch['alpha'])
 
 
 def prepare_vae(args, config, device):
@@ -176,11 +180,16 @@ def prepare_vae(args, config, device):
     network.quant_conv.bias.data[config.vae_latent:] -= 6
     crop = min(config.portrait, 96)
 
-    def draw(sample):
-        image = portrait_in_training(sample, config)
-        y, x = (int(torch.randint(config.portrait - crop + 1, ())) for _ in range(2))
-        noise = torch.randn(config.vae_latent, crop // 8, crop // 8, device=device)
-        return {'image': image[:, y:y + crop, x:x + crop], 'noise': noise}
+    def draw(batch, dice):
+        images = portraits_in_training(batch, config, dice)
+        rows, columns = (
+            dice.below(config.portrait - crop + 1)[:, None] + torch.arange(crop, device=device)
+            for _ in range(2)
+        )
+        return {
+            'image': batches.picked(images, rows, columns),
+            'noise': dice.normal(config.vae_latent, crop // 8, crop // 8),
+        }
 
     def picture(network):
         shown = [batches.in_floats(item) for item in six_of(items)]
@@ -226,29 +235,26 @@ def prepare_diffusion(args, config, device):
     if not base and config.patches:
         distance = perceptual(config, vae, device)
 
-    def draw(sample):
-        if config.mirror and torch.rand(()) < 0.5:
-            sample = batches.mirrored(sample)
-        x_start = sample['x_start']
+    def draw(batch, dice):
+        if config.mirror:
+            batch = batches.mirrored(batch, dice.uniform() < 0.5)
+        x_start = batch['x_start']
         made = {
             'x_start': x_start,
-            'noise': torch.randn_like(x_start),
-            't': torch.randint(diffusion.timesteps, (), device=device),
-            'portrait': portrait_in_training(sample, config),
-            'keep': torch.rand((), device=device) >= config.condition_drop,
+            'noise': dice.normal(*x_start.shape[1:]),
+            't': dice.below(diffusion.timesteps),
+            'portrait': portraits_in_training(batch, config, dice),
+            'keep': dice.uniform() >= config.condition_drop,
         }
         if clip is not None:
-            made['keep_vector'] = torch.rand((), device=device) >= config.latent_drop
-        if not base:
-            degrade = batches.degrade if config.up_degrade else rh.resize_planes
-            made['lr'] = degrade(x_start[None], config.base_resolution)[0]
-        if 'patch' in sample:
-            made['patch'] = sample['patch']
-        if base and 'patch' in sample:
-            rays = len(sample['patch']['rgb'])
-            ground = torch.rand(rays, 3, device=device)
-            offset = torch.rand(rays, device=device)
-            made['patch'] = {**sample['patch'], 'ground': ground, 'offset': offset}
+            made['keep_vector'] = dice.uniform() >= config.latent_drop
+        if not base and config.up_degrade:
+            made['lr'] = batches.degrade(x_start, config.base_resolution, dice)
+        elif not base:
+            made['lr'] = rh.resize_planes(x_start, config.base_resolution)
+        for name in ('rays', 'patch'):
+            if name in batch:
+                made[name] = batch[name]
         return made
 
     def loss(network, batch):
@@ -259,7 +265,7 @@ def prepare_diffusion(args, config, device):
             network, batch['x_start'], batch['t'], batch['noise'], portrait
         )
         if base and config.base_views:
-            terms |= view_loss(predicted, batch.get('patch', []), config, decoder)
+            terms |= view_loss(predicted, batch.get('rays'), config, decoder)
         if distance:
             patches = batch.get('patch', [])
             terms |= image_loss(predicted, patches, config, decoder, distance)
@@ -325,10 +331,13 @@ def prepare_refiner(args, config, device):
             grids[avatar] = rh.grid_for(field, config, device)
         return grids[avatar]
 
-    def draw(sample):
-        field = rh.PlaneField(sample['x_start'], decoder)
-        grid = grid_of(sample['avatar'], field)
-        return refiner.random_pair(field, grid, sample['view'], config, device)
+    def draw(batch, dice):
+        pairs = []
+        for k in dice.one_by_one():
+            field = rh.PlaneField(batch['x_start'][k], decoder)
+            grid = grid_of(batch['avatar'][k], field)
+            pairs.append(refiner.random_pair(field, grid, batch['view'][k], config, device))
+        return batches.collate(pairs)
 
     def loss(network, batch):
         return refiner_loss(network, batch, distance, config.refiner_perceptual)
@@ -504,7 +513,8 @@ def train(args, config, rank, world, device):
     network.to(device)
     ema = running.EMA(network, config.ema)
     finite = rh.Finite(args.stage)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0)
+    on_gpu = device.type == 'cuda'
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.0, fused=on_gpu)
 
     # Go on with an interrupted run, if it was the same run
     state_path = args.runs / f'{args.stage}-state.pt'
@@ -552,20 +562,19 @@ def train(args, config, rank, world, device):
         for places in parts:
             is_last = places is parts[-1]
             waiting = contextlib.nullcontext() if is_last else alone()
-            items = batches.drawn(next(samples), draw, device)
+            seen = batches.drawn(next(samples), draw, device)
             share = weight * len(places)
             with waiting:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    terms = loss_of(model, items)
+                    terms = loss_of(model, seen)
                 (sum(terms.values()) * share * world).backward()
             for name, term in terms.items():
                 total[name] = total.get(name, 0) + share * term.detach()
 
         # The norm is of the averaged gradients: the same on all ranks, so all of them step, or none
         norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad or math.inf)
-        if finite(norm):
-            optimizer.step()
-            ema.update(network)
+        finite.step(optimizer, norm)
+        ema.update(network)
 
         last = step == steps - 1
         every = args.picture_every
@@ -573,6 +582,7 @@ def train(args, config, rank, world, device):
         saves = shown or (args.save_every is not None and chores.due(step))
         if step % max(args.log_every, 1) == 0 or saves:  # the same on all ranks
             values = over_ranks(total)
+            finite.look()
             saves = saves or chores.due(step)
             if finite.skipped:
                 values['skipped'] = finite.skipped
@@ -620,7 +630,7 @@ def loader_of(data, indices, workers, device):
     return torch.utils.data.DataLoader(
         data,
         batch_sampler=indices,
-        collate_fn=list,
+        collate_fn=batches.collate,
         num_workers=workers,
         pin_memory=device.type == 'cuda',
     )

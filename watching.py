@@ -54,8 +54,9 @@ def loss_on(fixed, network, loss, device):
     total = 0.0
     for first in range(0, count, fixed.size):
         some = indices[first : first + fixed.size]
-        items = batches.drawn([fixed.data[index] for index in some], fixed.draw, device)
-        total += float(sum(loss(network, items).values())) * len(some) / count
+        batch = batches.collate([fixed.data[index] for index in some])
+        seen = batches.drawn(batch, fixed.draw, device)
+        total += float(sum(loss(network, seen).values())) * len(some) / count
     return total
 
 

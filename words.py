@@ -403,17 +403,17 @@ def prepare_lora(args, config, device):
 
     network = Adapter(pipe.unet)
     items = Captioned(pairs, size, tokenize, avatars_of(args.data))
-    no_words = tokenize([''])[0]
+    no_words = tokenize([''])[0].to(device)
     config.captions = zlib.crc32('\n'.join(items.captions).encode())
 
-    def draw(sample):
-        keep = torch.rand(()) >= config.caption_drop
+    def draw(batch, dice):
+        keep = dice.uniform(1) >= config.caption_drop
         return {
-            'image': sample['image'],
-            'ids': sample['ids'] if keep else no_words.to(device),
-            't': torch.randint(scheduler.config.num_train_timesteps, (), device=device),
-            'posterior': torch.randn(latent_shape, device=device),
-            'noise': torch.randn(latent_shape, device=device),
+            'image': batch['image'],
+            'ids': torch.where(keep, batch['ids'], no_words),
+            't': dice.below(scheduler.config.num_train_timesteps),
+            'posterior': dice.normal(*latent_shape),
+            'noise': dice.normal(*latent_shape),
         }
 
     def loss(network, batch):

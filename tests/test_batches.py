@@ -73,13 +73,55 @@ def test_what_is_drawn_is_the_samples_own(data, tiny, fits):
     draws = batches.Draws(batches.Planes(fits, data, tiny), 7)
     samples = [draws[3, j, j % 2] for j in range(3)]
 
-    def draw(sample):
-        return {'low': batches.degrade(sample['x_start'][None], 8)[0], 'number': torch.rand(())}
+    def draw(batch, dice):
+        return {
+            'low': batches.degrade(batch['x_start'], 8, dice),
+            'portrait': batches.photo(batch['portrait'], batch['alpha'], dice),
+            'noise': dice.normal(3, 8),
+        }
 
-    together = batches.drawn(samples, draw, 'cpu')
-    alone = batches.drawn(samples[2:], draw, 'cpu')
-    assert torch.equal(together['low'][2], alone['low'][0])
-    assert len(together['number'].unique()) == 3
+    together = batches.drawn(batches.collate(samples), draw, 'cpu')
+    alone = batches.drawn(batches.collate(samples[2:]), draw, 'cpu')
+    for name, x in together.items():
+        assert torch.equal(x[2], alone[name][0])
+        assert not torch.equal(x[0], x[2])
+
+
+def test_dice():
+    """Numbers of all samples are even, each is handed out once, and they are no part of the
+    noise."""
+    dice = batches.Dice(range(2000))
+    numbers = torch.cat([dice.uniform(2, 3).flatten(1), dice.between(-1, 3)[:, None] / 4 + 0.25], 1)
+    noise = dice.normal(4)
+    for x, mean, variance in ((numbers, 1 / 2, 1 / 12), (noise, 0, 1)):
+        assert (x.mean(0) - mean).abs().max() < 5 * (variance / 2000) ** 0.5
+        assert (x.var(0) / variance - 1).abs().max() < 0.2
+    assert torch.corrcoef(torch.cat([numbers, noise], 1).T).fill_diagonal_(0).abs().max() < 0.12
+    assert dice.below(3).bincount().tolist() == pytest.approx([667] * 3, abs=110)
+    with pytest.raises(ValueError, match='more than 256'):
+        dice.uniform(250)
+
+
+def test_rays_of_views_are_joined_and_mirrored(data, tiny, fits):
+    """Rays know their sample; a mirrored view is that of the mirrored sample alone."""
+    draws = batches.Draws(batches.Planes(fits, data, tiny, low=True), 7, patches=2, side=16)
+    samples = [draws[3, j, j % 2] for j in (2, 0, 1)]  # the first has no view
+    assert ['rays' in sample for sample in samples] == [False, True, True]
+    batch = batches.in_floats(batches.collate(samples))
+    rays = batch['rays']
+    assert rays['owner'].unique().tolist() == [1, 2]
+    assert torch.equal(rays['rgb'][rays['owner'] == 2], samples[2]['rays']['rgb'])
+    for place in (1, 2):
+        assert rays['share'][rays['owner'] == place].sum() == pytest.approx(1, abs=1e-5)
+
+    turned = batches.mirrored(batch, torch.tensor([True, False, True]))
+    across = torch.tensor([-1.0, 1.0, 1.0])
+    for name in ('rays_o', 'rays_d'):
+        first, second = (turned['rays'][name][rays['owner'] == place] for place in (1, 2))
+        assert torch.equal(first, samples[1]['rays'][name])
+        assert torch.equal(second, samples[2]['rays'][name] * across)
+    assert torch.equal(turned['portrait'][1], batch['portrait'][1])
+    assert torch.equal(turned['portrait'][0], batch['portrait'][0].flip(-1))
 
 
 def test_portraits_are_read_from_the_planes_file_while_they_are_the_folders(

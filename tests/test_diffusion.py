@@ -96,7 +96,7 @@ class Recorder:
         out = self.x_start(x, condition)
         if self.process.predict == 'noise':
             index = (t * self.process.timesteps / 1000).round().long()
-            a = self.process.entries(self.process.alpha_bar, index)
+            a = self.process.entries('alpha_bar', index)
             out = (x - a.sqrt() * out) / (1 - a).sqrt()
         if self.process.learned_variance:
             out = torch.cat([out, torch.zeros_like(out)], dim=2)

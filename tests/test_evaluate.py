@@ -516,7 +516,7 @@ def test_portraits_are_disturbed_by_little_and_the_same_way_each_time(tmp_path):
 
 def test_training_portraits_stay_in_range():
     rgb = torch.rand(8, 3, 64, 64) * 2 - 1
-    out = batches.photo(rgb, torch.rand(8, 1, 64, 64))
+    out = batches.photo(rgb, torch.rand(8, 1, 64, 64), batches.Dice(range(8)))
     assert out.shape == rgb.shape
     assert out.abs().max() <= 1
     assert out.isfinite().all()
@@ -526,7 +526,7 @@ def test_photographs_go_on_beyond_their_edge():
     """What cut_off takes away is as the last row or column that it leaves; the middle stays."""
     torch.manual_seed(0)
     images = torch.rand(64, 3, 32, 32)
-    out = batches.cut_off(images)
+    out = batches.cut_off(images, batches.Dice(range(64)))
     assert torch.equal(out[:, :, 8:16, 8:24], images[:, :, 8:16, 8:24])
 
     below = 0
@@ -546,28 +546,30 @@ def test_mirrored_planes_are_the_mirrored_avatar(tiny):
     """In what rays see of them, and in the portrait."""
     torch.manual_seed(0)
     decoder = rh.Decoder(tiny)
-    item = {
-        'x_start': torch.rand(3, 8, 32, 32) * 2 - 1,
-        'portrait': torch.rand(3, 64, 64),
-        'alpha': torch.rand(1, 64, 64),
-        'patch': {
-            'rays_o': torch.tensor([[0.3, -4.0, 0.2]]),
-            'rays_d': torch.tensor([[0.1, 1.0, -0.1]]),
-        },
+    ray = {
+        'rays_o': torch.tensor([[0.3, -4.0, 0.2]]),
+        'rays_d': torch.tensor([[0.1, 1.0, -0.1]]),
     }
-    mirrored = batches.mirrored(item)
-    assert torch.equal(mirrored['portrait'], item['portrait'].flip(2))
-    assert torch.equal(mirrored['alpha'], item['alpha'].flip(2))
+    batch = {
+        'x_start': torch.rand(1, 3, 8, 32, 32) * 2 - 1,
+        'portrait': torch.rand(1, 3, 64, 64),
+        'alpha': torch.rand(1, 1, 64, 64),
+        'patch': [ray],
+    }
+    mirrored = batches.mirrored(batch, torch.tensor([True]))
+    assert torch.equal(mirrored['portrait'], batch['portrait'].flip(3))
+    assert torch.equal(mirrored['alpha'], batch['alpha'].flip(3))
 
     points = torch.rand(100, 3) * 2 - 1
     over_there = points * torch.tensor([-1.0, 1.0, 1.0])
-    features = rh.sample_planes(item['x_start'], points)
-    assert torch.allclose(rh.sample_planes(mirrored['x_start'], over_there), features, atol=1e-5)
+    planes, turned = batch['x_start'][0], mirrored['x_start'][0]
+    features = rh.sample_planes(planes, points)
+    assert torch.allclose(rh.sample_planes(turned, over_there), features, atol=1e-5)
 
     # A ray and its mirror image see the same density.
     seen, also = (
-        rh.render(rh.PlaneField(one['x_start'], decoder), **one['patch'], steps=64).opacity
-        for one in (item, mirrored)
+        rh.render(rh.PlaneField(one['x_start'][0], decoder), **one['patch'][0], steps=64).opacity
+        for one in (batch, mirrored)
     )
     assert torch.allclose(seen, also, atol=1e-4)
     assert seen.item() > 0.01

@@ -258,7 +258,8 @@ def test_gradients_of_two_halves_are_those_of_the_whole(trained, stage):
         for rank in range(world):
             parts, _ = batches.shares(4, rank, world)
             indices = next(batches.indices(2, 4, 3, 4, 0, parts))
-            batch = batches.drawn([data[i] for i in indices], draw, 'cpu')
+            samples = batches.collate([data[i] for i in indices])
+            batch = batches.drawn(samples, draw, 'cpu')
             if stage == 'vae':  # an absolute error changes its sign with a rounding: in doubles
                 network = network.double()
                 batch = {name: x.double() for name, x in batch.items()}
@@ -270,13 +271,13 @@ def test_gradients_of_two_halves_are_those_of_the_whole(trained, stage):
 
 
 def test_training_skips_a_batch_that_is_not_finite(trained, monkeypatch):
-    """Of two portraits a step the fifth is poisoned: that of step 2."""
+    """Of the batches of six steps, the third is poisoned."""
     calls = []
     original = batches.photo
 
-    def poisoned(rgb, alpha):
+    def poisoned(*batch):
         calls.append(1)
-        return original(rgb, alpha) * (float('nan') if len(calls) == 5 else 1)
+        return original(*batch) * (float('nan') if len(calls) == 3 else 1)
 
     monkeypatch.setattr(batches, 'photo', poisoned)
     train.main(train.parse(training(trained, 'nan', 'vae', 'vae_steps=6', 'vae_batch=2')))

@@ -52,9 +52,10 @@ def test_the_loss_on_fixed_noise_is_the_same_again(data, tiny):
 
     # As one batch of all samples has it, and the weights are put back
     indices = [(0, j, j * len(stage.data.items) // 8) for j in range(8)]
-    items = batches.drawn([stage.data[index] for index in indices], stage.draw, 'cpu')
+    batch = batches.collate([stage.data[index] for index in indices])
+    seen = batches.drawn(batch, stage.draw, 'cpu')
     with torch.no_grad():
-        expected = float(sum(stage.loss(stage.network, items).values()))
+        expected = float(sum(stage.loss(stage.network, seen).values()))
     assert losses[0] == pytest.approx(expected, rel=1e-4)
 
     ema = running.EMA(stage.network, 0.9)

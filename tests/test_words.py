@@ -366,7 +366,7 @@ def test_what_training_wants_the_network_to_say(portraits, tmp_path, prediction)
     samples in the pipeline's scale."""
     folder = tiny_pipeline(tmp_path / 'tiny', prediction)
     data, draw, network, loss, _ = prepared(folder, portraits, tmp_path)
-    batch = batches.drawn([data[0, 0, 0]], draw, 'cpu')
+    batch = batches.drawn(batches.collate([data[0, 0, 0]]), draw, 'cpu')
 
     vae = diffusers.AutoencoderKL.from_pretrained(folder / 'vae')
     moments = vae.encode(batch['image']).latent_dist
@@ -398,7 +398,7 @@ def test_all_randomness_follows_from_the_index(sd, portraits, tmp_path):
     data, draw, *_ = prepared(sd, portraits, tmp_path)
 
     def drawn(*index):
-        return batches.drawn([data[index]], draw, 'cpu')
+        return batches.drawn(batches.collate([data[index]]), draw, 'cpu')
 
     item = drawn(0, 0, 0)
     again = drawn(0, 0, 0)
