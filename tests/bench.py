@@ -86,8 +86,9 @@ class Peak:
 
 class Bench:
     """Measures parts against references, and collects the rows of the table."""
-    def __init__(self, device, seconds, clock=time.perf_counter):
+    def __init__(self, device, seconds, clock=time.perf_counter, keep=lambda: None):
         self.device = device
+        self.keep = keep  # called after each row
         self.clock = clock
         self.seconds = seconds
         self.rows = []
@@ -160,6 +161,7 @@ class Bench:
             'note': note,
         })
         print(format_row(self.rows[-1]), flush=True)
+        self.keep()
 
 
 # The table as text --------------------------------------------------------------------------------
@@ -593,7 +595,21 @@ def main(args):
     _, _, device = running.start(args.device, 0)
     config = rh.make_config(args.preset, args.set)
     clock = time.process_time if args.cpu_seconds else time.perf_counter
-    bench = Bench(device, args.seconds, clock)
+
+    def keep():
+        """Writes what is known so far."""
+        running.write_json(args.out, {
+            'device': hardware(device),
+            'threads': torch.get_num_threads(),
+            'clock': 'CPU' if args.cpu_seconds else 'wall',
+            'torch': torch.__version__,
+            'preset': args.preset,
+            'matmul_gflops': gflops,
+            'copy_gbs': gbs,
+            'rows': bench.rows,
+        })
+
+    bench = Bench(device, args.seconds, clock, keep)
     gflops = bench.flops / 1e9
     gbs = bench.bytes / 1e9
     print(f'matrix product {gflops:,.0f} GFLOP/s, copy {gbs:,.0f} GB/s\n\n{HEADER}')
@@ -622,17 +638,6 @@ def main(args):
         bench_sampling(bench, models, decoder if shipped else None)
         for stage in ('base', 'upsample'):
             bench_training(bench, config, stage, args.batch)
-
-    running.write_json(args.out, {
-        'device': hardware(device),
-        'threads': torch.get_num_threads(),
-        'clock': 'CPU' if args.cpu_seconds else 'wall',
-        'torch': torch.__version__,
-        'preset': args.preset,
-        'matmul_gflops': gflops,
-        'copy_gbs': gbs,
-        'rows': bench.rows,
-    })
 
 
 def parse(argv=None):

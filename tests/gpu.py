@@ -1,18 +1,21 @@
-"""The first thing to do where a GPU is at hand: tests and figures of it, in ten minutes.
+"""The first thing to do where a GPU is at hand: tests and figures of it, in three minutes or ten.
 
     python tests/gpu.py --out results/gpu.json
-    python tests/gpu.py --device cpu --preset tiny --seconds 60      how it works, without one
+    python tests/gpu.py --seconds 170                                the shortest that says enough
+    python tests/gpu.py --device cpu --preset tiny --seconds 170     how it works, without one
 
-It runs tests/test_cuda.py, 60 seconds of fitting (rays and steps a second), a training step of each
-network at growing batch (samples a second, memory), sampling (seconds an avatar), and with what
-time is left tests/bench.py. Each part is a process with a share of the time, whose failure is
-written down and is not the end of the others; what is known is written after each part.
+It runs tests/test_cuda.py, fitting (rays and steps a second), a training step of each network at
+growing batch (samples a second, memory), sampling (seconds an avatar), and tests/bench.py. Each
+part is a process with a share of the time, which is ended when that is over, with all that it has
+started; its failure is written down and is not the end of the others. What is known is written
+after each part, and what a part knew when it was ended, too.
 """
 import argparse
 import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +30,8 @@ import rodinhd as rh  # noqa: E402
 import running  # noqa: E402
 
 # Part: the share of the time that it may take
-SHARES = {'tests': 0.3, 'fit': 0.2, 'base': 0.1, 'upsample': 0.15, 'sample': 0.1, 'bench': 0.15}
+SHARES = {'tests': 0.3, 'fit': 0.14, 'base': 0.12, 'upsample': 0.14, 'sample': 0.15, 'bench': 0.15}
+STARTING = 8  # seconds of a part that are gone before it measures
 
 
 # Parts --------------------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ def some_views(config, device):
 
 def fit_part(config, device, seconds):
     """Fitting, first for a while to warm up: rays and steps a second, with and without a decoder
-    that learns."""
+    that learns. Yields what is known, as all parts do."""
     found = {}
     views = some_views(config, device)
     for name in ('planes', 'decoder'):
@@ -87,17 +91,19 @@ def fit_part(config, device, seconds):
             'minutes_for_all_steps': config.fit_steps / (steps / took) / 60,
             'gib': memory(device),
         }
-    return found
+        yield found
 
 
 def step_part(stage, config, device, seconds):
     """A training step at batches 1, 2, 4 ... until memory or time is out."""
     from bench import Bench, training_step
     network, step = training_step(Bench(device, 0.1), config, stage)
-    found = []
-    end = time.monotonic() + 0.7 * seconds
+    predicted = running.memory_of_training(stage, config, True, network.checkpoint)
+    found = {'predicted_gib': [x / 2 ** 30 for x in predicted], 'steps': []}
+    end = time.monotonic() + 0.8 * seconds
     batch = 1
-    while time.monotonic() < end and batch <= 256:
+    took = 0.0
+    while time.monotonic() + 4 * took < end and batch <= 256:  # two steps of twice the batch
         try:
             step(batch, True)
             waits(device)
@@ -105,14 +111,14 @@ def step_part(stage, config, device, seconds):
             step(batch, True)
             waits(device)
         except torch.cuda.OutOfMemoryError:
-            found.append({'batch': batch, 'out_of_memory': True})
+            found['steps'].append({'batch': batch, 'out_of_memory': True})
             break
         took = time.perf_counter() - began
         row = {'batch': batch, 'seconds': took, 'samples_a_second': batch / took}
-        found.append({**row, 'gib': memory(device)})
+        found['steps'].append({**row, 'gib': memory(device)})
+        yield found
         batch *= 2
-    predicted = running.memory_of_training(stage, config, True, network.checkpoint)
-    return {'steps': found, 'predicted_gib': [x / 2 ** 30 for x in predicted]}
+    yield found
 
 
 def sample_part(config, device, seconds):
@@ -122,18 +128,18 @@ def sample_part(config, device, seconds):
         models[kind] = running.build(kind, config).to(device).eval().requires_grad_(False)
     portrait = torch.zeros(1, 3, config.portrait, config.portrait)
     found = []
-    for bf16 in (False, False, True, True):
+    for bf16 in (True, True, False, False):
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             rh.generate(models, portrait)
         waits(device)
         took = time.perf_counter() - began
         found.append({'bf16': bf16, 'seconds': took, 'gib': memory(device)})
-    return found
+        yield found
 
 
 def of_part(args):
-    """What a part that is run in this process found."""
+    """Yields what a part that is run in this process has found so far."""
     _, _, device = running.start(args.device, 0)
     config = rh.make_config(args.preset, args.set)
     if args.part == 'fit':
@@ -147,11 +153,12 @@ def of_part(args):
 def command_of(part, args, seconds, out):
     """The command of a part, which may take so many seconds and may write JSON to `out`."""
     program = [sys.executable]
-    if part == 'tests':
-        tests = ROOT / 'tests/test_cuda.py'
-        return [*program, '-m', 'pytest', '-q', '--tb=short', str(tests)]
+    if part == 'tests':  # each with a line of its own: the last ones may not be reached
+        how = ['-v', '--tb=short', '-p', 'no:cacheprovider']
+        return [*program, '-m', 'pytest', *how, str(ROOT / 'tests/test_cuda.py')]
     options = ['--device', args.device, '--preset', args.preset, '--out', str(out)]
     changes = ['--set', *args.set] if args.set else []
+    seconds = max(seconds - STARTING, 1)
     if part == 'bench':
         options += ['--fit', str(seconds / 10), '--seconds', str(seconds / 200)]
         return [*program, str(ROOT / 'tests/bench.py'), *options, *changes]
@@ -159,44 +166,63 @@ def command_of(part, args, seconds, out):
     return [*program, __file__, *options, *changes]
 
 
+def ended(command, device, seconds, said):
+    """Runs a command, whose words go to the file `said`, for at most so many seconds -> its exit
+    status, or None where it had to be ended, with all that it had started."""
+    env = {**os.environ, 'RODINHD_DEVICE': device.split(':')[0]}  # of tests/test_cuda.py
+    with open(said, 'w') as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(seconds - 3)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # pytest then says what failed
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(3)
+            return None
+        finally:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_part(part, args):
     """Runs a part as a process -> a dict of what it found, or of how it failed."""
     seconds = SHARES[part] * args.seconds
     out = args.out.with_name(f'.{part}.{args.out.name}')
+    said = out.with_suffix('.txt')
     began = time.monotonic()
-    env = {**os.environ, 'RODINHD_DEVICE': args.device.split(':')[0]}
-    try:
-        done = subprocess.run(
-            command_of(part, args, seconds, out),
-            capture_output=True, text=True, timeout=seconds, env=env, check=False,
-        )
-        status = done.returncode
-        said = (done.stdout + done.stderr).strip().splitlines()[-15:]
-    except subprocess.TimeoutExpired:
-        status = 'out of time'
-        said = []
-    found = {'status': status, 'seconds': time.monotonic() - began}
+    status = ended(command_of(part, args, seconds, out), args.device, seconds, said)
+    found = {
+        'status': 'out of time' if status is None else status,
+        'seconds': time.monotonic() - began,
+    }
     with contextlib.suppress(OSError, ValueError):
         found['found'] = json.loads(out.read_text())
-    out.unlink(missing_ok=True)
-    if status != 0 or part == 'tests':
-        found['said'] = said
+    lines = said.read_text(errors='replace').splitlines()
+    if part == 'tests':
+        found['passed'] = sum('PASSED' in line for line in lines)
+        found['failed'] = [line for line in lines if 'FAILED' in line or 'ERROR' in line]
+    if status != 0:
+        found['said'] = lines[-30:]
+    for path in (out, said):
+        path.unlink(missing_ok=True)
     return found
 
 
 def main(args):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.part:
-        running.write_json(args.out, of_part(args))
+        for found in of_part(args):
+            running.write_json(args.out, found)
         return
     name = platform.processor() or platform.machine()
     if args.device.startswith('cuda') and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-    git = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     content = {
         'command': ' '.join(sys.argv),
-        'commit': commit,
+        'commit': args.commit or running.commit_here(),
         'machine': name,
         'torch': torch.__version__,
         'preset': args.preset,
@@ -218,6 +244,7 @@ def parse(argv=None):
     p.add_argument('--out', type=Path, default=Path('results/gpu.json'))
     p.add_argument('--parts', nargs='+', default=list(SHARES), choices=SHARES)
     p.add_argument('--part', choices=SHARES, help='one of them, in this process')
+    p.add_argument('--commit', help='of the code, where git cannot say')
     p.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE',
                    help='override settings of the preset')
     return p.parse_args(argv)

@@ -3,11 +3,15 @@ import shutil
 
 import pytest
 import torch
+from counting import Counting
 
+import batches
 import fit
+import provenance
 import rodinhd as rh
 import running
 import scenes
+import train
 
 BRIEF = ['fit_avatars=2', 'inner=3', 'outer=2', 'fit_steps=3']
 
@@ -128,3 +132,31 @@ def test_autocast_leaves_a_normalisation_in_its_own_type():
         out = layer(x)
     assert out.dtype == torch.bfloat16
     assert (out - torch.nn.GroupNorm.forward(layer, x)).abs().max() < 0.05
+
+
+def test_a_training_step_is_few_kernels_of_the_whole_batch(data, tiny, tmp_path):
+    """A sample adds two of them, its numbers and its noise; the host waits for two lists of samples
+    of rays."""
+    decoder = rh.Decoder(tiny)
+    running.write_model(tmp_path / 'decoder.pt', 'decoder', tiny, decoder.state_dict(), 0)
+    running.write_model(tmp_path / 'vae.pt', 'vae', tiny, rh.VAE(tiny).state_dict(), 0)
+    for avatar in scenes.list_avatars(data):
+        portrait = provenance.of_portrait(avatar, tiny.portrait)
+        planes = torch.rand(3, 8, 32, 32) * 2 - 1
+        path = tmp_path / f'{avatar.name}.pt'
+        box = scenes.read_box(avatar)
+        fit.write_planes(path, planes, box, tiny, decoder, [], {}, portrait=portrait)
+    options = ['--stage', 'base', '--preset', 'tiny', '--data', data, '--fits', tmp_path]
+    args = train.parse([str(x) for x in (*options, '--runs', tmp_path)])
+    stage = train.prepare_diffusion(args, tiny, torch.device('cpu'))
+
+    kernels = []
+    for count in (2, 2, 7):  # the first makes what is kept
+        indices = [(0, j, j % 2) for j in range(count)]
+        batch = batches.collate([stage.data[index] for index in indices])
+        with Counting() as counting:
+            seen = batches.drawn(batch, stage.draw, 'cpu')
+            sum(stage.loss(stage.network, seen).values()).backward()
+        kernels.append(counting.kernels.total())
+        assert dict(counting.waits) == {'nonzero': 2}
+    assert kernels[2] - kernels[1] == 5 * 2
