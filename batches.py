@@ -67,15 +67,15 @@ class Planes(torch.utils.data.Dataset):
     for and not kept: planes of the paper's 46 K avatars are 2.3 TB. With `patch`, the image-level
     loss's patches of so many pixels a side can be asked for.
 
-    What costs more than reading is done when an avatar is met first: all bytes of its file are
-    compared with their checksums, and what it was fitted to with what is in its folder.
+    What costs more than reading is done when an avatar is met first, by whichever process: all
+    bytes of its file are compared with their checksums, and what it was fitted to with what is in
+    its folder.
     """
     def __init__(self, fits, data, config, low=False):
         self.config = config
         self.low = low
         self.made_with = {}
         self.decoder = None  # where it lies, and its fingerprint
-        self.met = set()  # numbers of the avatars
         self.fits = Path(fits)
         folders = scenes.list_avatars(data)
         self.data = folders[0].parent
@@ -88,6 +88,7 @@ class Planes(torch.utils.data.Dataset):
                 'run fit.py --decoder, then fit.py'
             )
         self.missing = len(folders) - len(self.avatars)
+        self.met = torch.zeros(len(self.avatars), dtype=torch.bool).share_memory_()
         self.read(0)
 
     def path(self, i):
@@ -103,14 +104,14 @@ class Planes(torch.utils.data.Dataset):
     def check_decoder(self, decoder):
         """Stops where the planes are of another decoder: the first at once, others when read."""
         self.decoder = running.beside_of(decoder)
-        self.met.clear()
+        self.met.zero_()
         self.read(0)
 
     def read(self, i):
         """The content of a planes file, of which only the planes that are asked for may be used;
         stops unless it is of this preset, this decoder and the images in this folder."""
         path = self.path(i)
-        met = i in self.met
+        met = bool(self.met[i])
         folder = None if met else self.folder(i)
         known = met and not self.low
         file = running.read_planes(path, self.decoder, folder, low=self.low, known=known)
@@ -120,7 +121,7 @@ class Planes(torch.utils.data.Dataset):
         planes = file['low' if self.low else 'planes']
         if not is_finite(planes):
             rh.stop(f'{path}: holds NaN or infinite values; delete it and fit it again')
-        self.met.add(i)
+        self.met[i] = True
         return file
 
     def check_sizes(self, path, file):

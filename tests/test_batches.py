@@ -44,7 +44,9 @@ def test_processes_that_are_spawned_read_the_same(data, tiny, fits):
         num_workers=1,
         multiprocessing_context='spawn',
     )
+    assert draws.items.met.tolist() == [True, False]
     spawned = list(loader)
+    assert draws.items.met.all()  # whom one process has met, all know
     assert [len(samples) for samples in spawned] == [2, 1, 2, 1]
     for samples, places in zip(spawned, indices, strict=True):
         here = [draws[place] for place in places]
