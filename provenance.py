@@ -4,6 +4,7 @@ Planes mean nothing under another decoder, a base model nothing beside another V
 carries `made_with`, a dict of numbers that tell what it was made with from anything else, and who
 reads it compares. Files without, as those of weights/, are taken as they are.
 """
+import os
 import zlib
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def of_portrait(folder, size):
     return {
         'pixels': pixels,
         'sum': of_tensor(pixels),
-        'name': path.relative_to(folder).as_posix(),
+        'name': Path(os.path.relpath(path, folder)).as_posix(),  # folder may have .. in it
         'source': zlib.crc32(path.read_bytes()),
     }
 

@@ -155,6 +155,13 @@ def test_portraits_are_read_from_the_planes_file_while_they_are_the_folders(
     )
 
 
+def test_portraits_have_one_name_whatever_way_leads_there(data, tiny):
+    avatar = scenes.list_avatars(data)[0]
+    around = avatar / '..' / avatar.name
+    name = provenance.of_portrait(around, tiny.portrait)['name']
+    assert name == provenance.of_portrait(avatar, tiny.portrait)['name']
+
+
 def test_planes_that_are_not_finite_are_noticed():
     x = torch.randn(3, 8, 4, 4).half()
     assert batches.is_finite(x)
