@@ -86,9 +86,17 @@ class Peak:
 
 class Bench:
     """Measures parts against references, and collects the rows of the table."""
-    def __init__(self, device, seconds, clock=time.perf_counter, keep=lambda: None):
+    def __init__(
+        self,
+        device,
+        seconds,
+        clock=time.perf_counter,
+        turns=3,  # of each comparison, at least
+        keep=lambda: None,  # called after each row
+    ):
         self.device = device
-        self.keep = keep  # called after each row
+        self.turns = turns
+        self.keep = keep
         self.clock = clock
         self.seconds = seconds
         self.rows = []
@@ -113,7 +121,7 @@ class Bench:
 
         end = time.monotonic() + self.seconds * len(parts)
         turns = 0
-        while time.monotonic() < end or turns < 3:
+        while time.monotonic() < end or turns < self.turns:
             for name, part in parts.items():
                 began = self.clock()
                 part()
@@ -364,12 +372,12 @@ def rays_across(views, count, device):
     return rays_o[meets][:count].to(device), rays_d[meets][:count].to(device)
 
 
-def bench_rays(bench, avatar, R, channels=32, lattice=64):
-    """Renders 1,024 rays across an avatar's box, at a lattice of 64 points from face to face."""
+def bench_rays(bench, avatar, R, channels=32, lattice=64, count=1024):
+    """Renders rays across an avatar's box, at a lattice of 64 points from face to face."""
     decoder = avatar.decoder
     times = channels // avatar.config.channels
     wide = widened(decoder, times)
-    rays_o, rays_d = rays_across(avatar.views, 1024, bench.device)
+    rays_o, rays_d = rays_across(avatar.views, count, bench.device)
     steps = math.ceil(lattice * math.sqrt(3))
     grid = rh.OccupancyGrid(avatar.grid.G, steps, bench.device, avatar.grid.occupied)
 
@@ -388,15 +396,15 @@ def bench_rays(bench, avatar, R, channels=32, lattice=64):
     def ngp():
         return ngp_render(planes, decoder=wide, rays_o=rays_o, rays_d=rays_d, samples=lattice)
 
-    name = f'1,024 rays x {lattice}, C={channels} R={R}'
+    name = f'{count:,} rays x {lattice}, C={channels} R={R}'
     for reference, against in ((dense, 'dense, `grid_sample`'), (ngp, "torch-ngp's pure path")):
         with torch.no_grad():
             note = f'PSNR of the two {rh.psnr(ours(), reference()):.0f} dB'
-            bench.row(name, 'rays', 1024, ours, reference, against, note=note)
+            bench.row(name, 'rays', count, ours, reference, against, note=note)
         bench.row(
             f'{name}, with gradient',
             'rays',
-            1024,
+            count,
             with_gradient(lambda: ours().square().mean(), [table]),
             with_gradient(lambda reference=reference: reference().square().mean(), [planes]),
             against,

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import avatars  # noqa: E402
+import likeness  # noqa: E402
 import rodinhd as rh  # noqa: E402
 
 
@@ -35,3 +36,12 @@ def data(tmp_path_factory):
 def tiny():
     """The Config of the preset for tests."""
     return rh.make_config('tiny')
+
+
+@pytest.fixture(scope='module')
+def brief_descent():
+    """Sampling goes towards a portrait in two steps of few rays; test_likeness.py has all of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(likeness, 'TOWARDS_STEPS', 2)
+        patch.setattr(likeness, 'TOWARDS_RAYS', 64)
+        yield

@@ -99,8 +99,9 @@ def run_as_rank(script, options):
     run(script, options)
 
 
-def torchrun(ranks, script, options):
-    """Runs a script's main in several ranks: torchrun's launcher, whose ranks are forked."""
+def torchrun(ranks, script, options, restarts=0):
+    """Runs a script's main in several ranks: torchrun's launcher, whose ranks are forked, again
+    where one dies and there are restarts."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -108,7 +109,7 @@ def torchrun(ranks, script, options):
         rdzv_backend='c10d',
         rdzv_endpoint='localhost:0',
         run_id='forks',
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
         start_method='fork',
     )

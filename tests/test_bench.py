@@ -12,7 +12,7 @@ import running
 
 @pytest.fixture(scope='module')
 def machine():
-    return bench.Bench(torch.device('cpu'), seconds=0.0)
+    return bench.Bench(torch.device('cpu'), seconds=0.0, turns=1)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_every_part_gives_a_row(measuring, tiny, data):
     bench.bench_lookup(measuring, 4, 16, N=200)
     bench.bench_rendering(measuring, avatar, size=48)
     bench.bench_finished(measuring, avatar, size=48)
-    bench.bench_rays(measuring, avatar, 32)
+    bench.bench_rays(measuring, avatar, 32, count=128)
     bench.bench_fitting(measuring, avatar)
     bench.bench_convolution(measuring, 8, c=8)
     bench.bench_training(measuring, tiny, 'upsample', [2])

@@ -14,12 +14,15 @@ from PIL import Image
 
 import batches
 import evaluate
+import likeness
 import metrics
 import rodinhd as rh
 import running
 import scenes
 import surface
 from papers import figures
+
+pytestmark = pytest.mark.usefixtures('brief_descent')
 
 
 # Metrics ------------------------------------------------------------------------------------------
@@ -589,7 +592,8 @@ def trained(tmp_path_factory):
     """A folder with random models and planes of two avatars in fits/ and runs/, and a log."""
     folder = tmp_path_factory.mktemp('figures')
     torch.manual_seed(0)
-    tiny = rh.make_config('tiny', ['fit_steps=2'])
+    few = ['fit_steps=2', 'likeness_steps=2', 'sample_steps=2', 'steps=16', 'grid=8']
+    tiny = rh.make_config('tiny', few)
     for kind, (build, _) in running.MODELS.items():
         place = 'fits' if kind == 'decoder' else 'runs'
         path = folder / place / f'{kind}.pt'
@@ -627,7 +631,11 @@ def draw_figure(name, trained, *options):
 
 @pytest.mark.parametrize('name', sorted(set(figures.FIGURES) - {'meshes'}))
 def test_every_figure(tmp_path, monkeypatch, trained, data, name):
-    """Meshes are in test_mesh.py."""
+    """Meshes are in test_mesh.py. Where photographs are from is searched at few angles, and their
+    persons are in their places."""
+    monkeypatch.setattr(likeness, 'TURNS', (0, 5))
+    monkeypatch.setattr(likeness, 'HEIGHTS', (0,))
+    monkeypatch.setattr(likeness, 'register', lambda *_, **__: None)
     monkeypatch.setattr(figures, 'ROOT', tmp_path)
     pytest.importorskip('matplotlib')
     out = tmp_path / 'assets'

@@ -20,6 +20,8 @@ import scenes
 import shortcuts
 import train
 
+pytestmark = pytest.mark.usefixtures('brief_descent')
+
 WITH_Z = ['latent_width=8', 'clip_width=8', 'clip_batch=4', 'clip_steps=2']
 
 
@@ -308,7 +310,7 @@ def test_the_vector_weighs_components_where_there_is_no_portrait():
 TINY = ['--preset', 'tiny', '--device', 'cpu']
 Z = ['latent_width=8', 'clip_width=8', 'prior_width=16', 'prior_layers=1', 'prior_timesteps=10']
 FEW = ['clip_steps=2', 'prior_steps=2', 'text_steps=2', 'base_steps=2', 'sample_steps=2',
-       'clip_batch=4', 'prior_batch=4', 'text_batch=4', 'base_batch=2', 'likeness_steps=2']
+       'clip_batch=4', 'prior_batch=4', 'text_batch=4', 'base_batch=2', 'likeness_steps=2', 'steps=16', 'grid=8']
 
 
 def run(script, *options):
@@ -325,7 +327,7 @@ def trained(data, tiny, tmp_path_factory):
     torch.manual_seed(0)
     places = {'decoder': 'fits', 'vae': 'runs', 'upsample': 'runs', 'base': 'old'}
     for kind, place in places.items():
-        config = rh.make_config('tiny', ['sample_steps=2'])
+        config = rh.make_config('tiny', ['sample_steps=2', 'steps=16', 'grid=8'])
         build, _ = running.MAKERS[kind]
         path = folder / place / f'{kind}.pt'
         running.write_model(path, kind, config, build(config).state_dict(), 0)

@@ -29,6 +29,8 @@ import train
 import watching
 from papers import figures, tables
 
+pytestmark = pytest.mark.usefixtures('brief_descent')
+
 SCRIPTS = {
     'avatars.py': avatars,
     'fit.py': fit,
@@ -88,7 +90,7 @@ def planes_in(name):
 
 # The walk -----------------------------------------------------------------------------------------
 @pytest.fixture(scope='module', autouse=True)
-def lpips_is_asked_for_once():
+def lpips_is_asked_for_once(brief_descent):
     """LPIPS looks for its weights once, and not in every evaluation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, 'lpips_metric', functools.cache(metrics.lpips_metric))
@@ -511,6 +513,7 @@ def test_further_photographs(walk, monkeypatch, capsys):
     monkeypatch.chdir(walk)
     monkeypatch.setattr(likeness, 'TURNS', (0, 5))
     monkeypatch.setattr(likeness, 'HEIGHTS', (0,))
+    monkeypatch.setattr(likeness, 'register', in_its_place)
     how = '--portrait', FIRST, '--refine', 2, *ONE_FRAME, '--name'
     view = FIRST.replace('/r_000', '/r_001')
     run(sample, *how, 'further', '--view', f'{view}:-60', '--count', 2)

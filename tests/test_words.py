@@ -29,6 +29,8 @@ import train  # noqa: E402
 import watching  # noqa: E402
 import words  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures('brief_descent')
+
 PROJECTIONS = 8  # that a LoRA adds to: of two attentions down, in the middle, up, up
 NO_PIPELINE = 'nobody/no-such-model'
 
