@@ -6,9 +6,8 @@ numbers but for rounding. docs/speed.md has the figures.
 
 What is done otherwise, and why that is faster:
 
-    Decoder    its linear layers are folded where nothing stands between them; what depends on the
-               direction alone is computed once a ray; what the density found serves the colour
-    encoding   sines and cosines are rows of one buffer, which a matrix product reads as it is
+    Decoder    it is folded (rh.Folded); what depends on the direction alone is computed once a
+               ray; what the density found serves the colour
     look-up    the weights of the 12 texels of a point are a matrix product, too
     marching   rays are narrowed to the box of what is occupied; each round looks at one more
                block of 4 lattice points of every ray that has light left, and adds its colour
@@ -24,30 +23,9 @@ import rodinhd as rh
 RAYS = 2**16  # that are marched together,
 PIECE = 2**13  # and whose next blocks are evaluated together: what these need stays in the cache
 BLOCK = 4  # lattice points that are tested against the grid in one go
-ENCODINGS = 5  # of a value v, by rh.frequency_encoding: v, sin v, cos v, sin 2v, cos 2v
 
 
 # 1 The decoder and the planes ---------------------------------------------------------------------
-def encoded(rows, D):
-    """Completes rows (n >= 5 D, N), whose first D are values v: sin v, cos v, sin v cos v and
-    sin^2 v come below."""
-    v, sine, cosine, both, square = rows[: ENCODINGS * D].split(D)
-    torch.sin(v, out=sine)
-    torch.cos(v, out=cosine)
-    torch.mul(sine, cosine, out=both)
-    torch.mul(sine, sine, out=square)
-    return rows
-
-
-def of_encoded(weight):
-    """The weight (n, 5 D) and bias (n,) with which a layer reads what `encoded` gives, of the
-    weight (n, 5 D) with which it reads rh.frequency_encoding: sin 2v = 2 sin v cos v, cos 2v =
-    1 - 2 sin^2 v."""
-    v, sine, cosine, sine2, cosine2 = weight.chunk(ENCODINGS, dim=1)
-    weight = torch.cat([v, sine, cosine, 2 * sine2, -2 * cosine2], dim=1)
-    return weight, cosine2.sum(1)
-
-
 def corner_weights():
     """A matrix (7, 12) that makes 1, x, y, z, xy, xz, yz, shares of a texel, the weights of the
     four texels around a point on each plane: (1 - u)(1 - v), u (1 - v), (1 - u) v, u v."""
@@ -89,60 +67,36 @@ class Frozen(rh.PlaneField):
         self.axes = torch.tensor(rh.AXES, device=planes.device).view(-1)
         self.corner_weights = corner_weights().to(planes.device)
 
-        first, _, last = decoder.sigma_net
-        self.density_weight, bias = of_encoded(first.weight)
-        self.density_bias = first.bias + bias
-        self.sigma_weight = last.weight[0]
-        self.sigma_bias = last.bias[0]
-
         # Where the density net is known to stay below 80, whose exp is finite
+        self.folded = rh.Folded(decoder)
         largest = self.density_planes.abs().amax().clamp(min=1)
-        bound = self.density_weight.abs().sum(1) * largest + self.density_bias.abs()
+        bound = self.folded.density.abs().sum(1) * largest + self.folded.density_bias.abs()
         self.softplus = softplus_in_place if bound.amax() < 80 else rh.softplus
-
-        # Nothing stands between the last layer of the density net and the colour net's first
-        colour_first, *others = decoder.color_net[0::2]  # ReLU is between them
-        parts = [ENCODINGS * self.table.shape[1], len(first.weight), ENCODINGS * 3]
-        of_colour, of_geometry, self.direction_weight = colour_first.weight.split(parts, dim=1)
-        self.colour_weight, bias = of_encoded(of_colour)
-        self.geometry_weight = of_geometry @ last.weight[1:]
-        self.colour_bias = of_geometry @ last.bias[1:] + bias
-        self.other_weights = [layer.weight for layer in others]
 
     def density(self, x):
         """Density (N,) at points x (3, N) in the box, and what `colour` needs of them, (N, W)."""
         uv = x.index_select(0, self.axes).view(3, 2, -1).transpose(1, 2)  # (3, N, 2)
         on_planes = F.grid_sample(self.density_planes, uv[:, None], align_corners=True)
-        rows = x.new_empty(ENCODINGS * self.D, x.shape[1])
-        torch.sum(on_planes[:, :, 0], dim=0, out=rows[:self.D])
-        rows[:self.D] /= rh.PLANE_DIVISOR
-        rows = encoded(rows, self.D)
-        hidden = torch.addmm(self.density_bias, rows.T, self.density_weight.T)  # (N, W)
+        rows = rh.encoded_rows(on_planes[:, :, 0].sum(0) / rh.PLANE_DIVISOR)
+        folded = self.folded
+        hidden = torch.addmm(folded.density_bias, rows.T, folded.density.T)  # (N, W)
         hidden = self.softplus(hidden)
-        return torch.addmv(self.sigma_bias, hidden, self.sigma_weight).exp_(), hidden
+        return (hidden @ folded.sigma).add_(folded.sigma_bias).exp_(), hidden
 
     def of_rays(self, rays_d):
         """What `colour` needs of rays of directions (N, 3), (N, W)."""
-        directions = rh.frequency_encoding(rays_d)
-        return torch.addmm(self.colour_bias, directions, self.direction_weight.T)
+        rows = rh.encoded_rows(rays_d.T)
+        return torch.addmm(self.folded.colour_bias, rows.T, self.folded.direction.T)
 
     def colour(self, x, hidden, of_ray):
         """Colour (N, 3) at points x (3, N), with what `density` gave of each, (N, W), and
         `of_rays` (N, W), which is written over."""
-        features = self.colour_features(x)  # (N, C')
-        C = features.shape[1]
-        rows = encoded(self.rows_of(features, C), C)
-        layer = of_ray.addmm_(hidden, self.geometry_weight.T)
-        layer = layer.addmm_(rows.T, self.colour_weight.T)
-        for weight in self.other_weights:
+        rows = rh.encoded_rows(self.colour_features(x).T)
+        layer = of_ray.addmm_(hidden, self.folded.geometry.T)
+        layer = layer.addmm_(rows.T, self.folded.colour.T)
+        for weight in self.folded.others:
             layer = layer.relu_() @ weight.T
         return layer.sigmoid_()
-
-    def rows_of(self, features, C):
-        """A buffer (5 C, N) for `encoded`, with features (N, C) in it."""
-        rows = features.new_empty(ENCODINGS * C, len(features))
-        rows[:C] = features.T
-        return rows
 
     def colour_features(self, x):
         """Features (N, C') of colour at points x (3, N): rh.sample_planes."""
@@ -279,7 +233,7 @@ def march(field, lattice):
     opacity = lattice.start.new_zeros(N)
     depth = lattice.start.new_zeros(N)  # optical, of all that was looked at
     ray = (blocks.count > 0).nonzero()[:, 0]
-    of_rays = lattice.start.new_empty(N, len(field.colour_bias))
+    of_rays = lattice.start.new_empty(N, len(field.folded.colour_bias))
     of_rays[ray] = field.of_rays(lattice.rays_d[ray])
     in_block = torch.arange(BLOCK, device=ray.device)
 

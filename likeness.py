@@ -533,6 +533,29 @@ def chances(field, view):
     return WHERE_WRONG * error / error.mean().clamp(min=1e-6) + 1 - WHERE_WRONG
 
 
+class Adam:
+    """The steps of torch.optim.Adam, which imports a compiler when it is first used: that takes 1.2
+    CPU-seconds."""
+    def __init__(self, tensors, betas=(0.9, 0.99), eps=1e-8):
+        self.tensors = tensors
+        self.betas = betas
+        self.eps = eps
+        self.means = [torch.zeros_like(x) for x in tensors]
+        self.squares = [torch.zeros_like(x) for x in tensors]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, gradients, rate):
+        self.steps += 1
+        a, b = self.betas
+        unbiased = (1 - b ** self.steps) ** 0.5
+        for x, mean, square, gradient in zip(self.tensors, self.means, self.squares, gradients):
+            mean.lerp_(gradient, 1 - a)
+            square.mul_(b).addcmul_(gradient, gradient, value=1 - b)
+            size = (square.sqrt() / unbiased).add_(self.eps)
+            x.addcdiv_(mean, size, value=-rate / (1 - a ** self.steps))
+
+
 @torch.autocast('cpu', enabled=False)
 @torch.autocast('cuda', enabled=False)
 def first_look(planes, decoder, views):
@@ -562,7 +585,7 @@ def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
     empty = grid.values <= rh.EMPTY
 
     corrections = new_corrections(planes, front_alone=not views)
-    optimizer = torch.optim.Adam(corrections, betas=(0.9, 0.99), fused=True)
+    adam = Adam(corrections)
     for step in range(steps):
         field = rh.PlaneField(corrected(planes, corrections), decoder)
         if step and step % GRID_EVERY == 0:
@@ -584,11 +607,7 @@ def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
         total = loss
         if step % EMPTY_EVERY == 0:
             total = loss + EMPTY_EVERY * WEIGHT_EMPTY * fog_in(field, empty, generator)
-        gradients = torch.autograd.grad(total, corrections)
-        for correction, gradient in zip(corrections, gradients):
-            correction.grad = gradient
-        optimizer.param_groups[0]['lr'] = LEARNING_RATE * 0.1 ** (step / steps)
-        optimizer.step()
+        adam.step(torch.autograd.grad(total, corrections), LEARNING_RATE * 0.1 ** (step / steps))
         if report:
             report(loss.item())
     return corrected(planes, corrections).detach()
@@ -661,7 +680,7 @@ def nearer(planes, target, decoder, generator):
     if not len(target.rgb):
         return planes
     corrections = new_corrections(planes, TOWARDS_LEVELS)
-    optimizer = torch.optim.Adam(corrections, lr=TOWARDS_RATE, betas=(0.9, 0.99))
+    adam = Adam(corrections)
     for _ in range(TOWARDS_STEPS):
         pick = torch.randint(len(target.rgb), (TOWARDS_RAYS,), generator=generator).to(device)
         offset = torch.rand(TOWARDS_RAYS, generator=generator).to(device)
@@ -672,9 +691,7 @@ def nearer(planes, target, decoder, generator):
         found = rh.render(field, rays_o, rays_d, TOWARDS_SAMPLES, None, offset, ground).rgb
         error = found - rgb + (1 - alpha) * (1 - ground)
         loss = (known * error.square()).mean()
-        for correction, gradient in zip(corrections, torch.autograd.grad(loss, corrections)):
-            correction.grad = gradient
-        optimizer.step()
+        adam.step(torch.autograd.grad(loss, corrections), TOWARDS_RATE)
     return corrected(planes, corrections).detach()
 
 

@@ -682,6 +682,154 @@ class Decoder(nn.Module):
         return sigma, torch.sigmoid(self.color_net(x))
 
 
+class Folded:
+    """A Decoder that does not learn, faster: the same numbers but for rounding, with gradients for
+    the features alone.
+
+    With gradient 4,000 samples of `small` take 4.8 ms in place of 8.8. Sines and cosines are
+    written where a matrix product reads them, layers between which nothing stands are one, and the
+    backward pass is written by hand, in two dozen large operations.
+    """
+    @torch.no_grad()
+    def __init__(self, decoder):
+        self.density_channels = decoder.density_channels
+        first, _, last = decoder.sigma_net
+        self.density, bias = of_encoded(first.weight)
+        self.density_bias = first.bias + bias
+        self.sigma = last.weight[0]
+        self.sigma_bias = last.bias[0]
+
+        # Nothing stands between the last layer of the density net and the colour net's first
+        colour_first, *others = decoder.color_net[0::2]  # ReLU is between them
+        width = len(first.weight)
+        of_direction = ENCODINGS * 3
+        of_features = colour_first.in_features - width - of_direction
+        parts = [of_features, width, of_direction]
+        of_features, of_geometry, of_direction = colour_first.weight.split(parts, dim=1)
+        self.colour, bias = of_encoded(of_features)
+        self.direction, bias_too = of_encoded(of_direction)
+        self.geometry = of_geometry @ last.weight[1:]
+        self.colour_bias = of_geometry @ last.bias[1:] + bias + bias_too
+        self.others = [layer.weight for layer in others]
+
+    def __call__(self, features, dirs=None):
+        """As Decoder: features (N, C) and directions (N, 3) -> density (N,), colour (N, 3)."""
+        if dirs is None:
+            return FoldedDensity.apply(features[:, -self.density_channels:], self), None
+        return FoldedColour.apply(features, dirs, self)
+
+    def find_density(self, features):
+        """Density features (N, D) -> what they are encoded as (5 D, N), hidden (N, W), sigma (N,).
+        """
+        rows = encoded_rows(features.T)
+        hidden = softplus(torch.addmm(self.density_bias, rows.T, self.density.T))
+        return rows, hidden, (hidden @ self.sigma).add_(self.sigma_bias).exp_()
+
+    def density_gradient(self, of_hidden, of_sigma, rows, hidden, sigma):
+        """The gradient of density features (D, N), of that of `hidden` (N, W), or None, and that
+        of sigma (N,)."""
+        of_sigma = of_sigma * sigma.clamp(math.exp(-15), math.exp(15))  # see trunc_exp
+        if of_hidden is None:
+            of_hidden = of_sigma[:, None] * self.sigma
+        else:
+            of_hidden = of_hidden.addr_(of_sigma, self.sigma)
+        of_hidden *= hidden.neg().expm1_().neg_()  # softplus' slope
+        return encoded_rows_gradient(self.density.T @ of_hidden.T, rows)
+
+
+class FoldedDensity(torch.autograd.Function):
+    """Density features (N, D) -> density (N,), by a Folded."""
+    @staticmethod
+    def forward(ctx, features, folded):
+        found = folded.find_density(features)
+        ctx.folded = folded
+        ctx.save_for_backward(*found)
+        return found[-1]
+
+    @staticmethod
+    def backward(ctx, of_sigma):
+        return ctx.folded.density_gradient(None, of_sigma, *ctx.saved_tensors).T, None
+
+
+class FoldedColour(torch.autograd.Function):
+    """Features (N, C) and directions (N, 3) -> density (N,) and colour (N, 3), by a Folded."""
+    @staticmethod
+    def forward(ctx, features, dirs, folded):
+        D = folded.density_channels
+        found = folded.find_density(features[:, -D:])
+        rows = encoded_rows(features[:, :-D].T)
+        x = torch.addmm(folded.colour_bias, rows.T, folded.colour.T)
+        x.addmm_(found[1], folded.geometry.T)
+        x.addmm_(encoded_rows(dirs.T).T, folded.direction.T)
+        layers = [x.relu_()]
+        for weight in folded.others[:-1]:
+            layers.append((layers[-1] @ weight.T).relu_())
+        rgb = (layers[-1] @ folded.others[-1].T).sigmoid_()
+        ctx.folded = folded
+        ctx.save_for_backward(*found, rows, rgb, *layers)
+        return found[-1], rgb
+
+    @staticmethod
+    def backward(ctx, of_sigma, of_rgb):
+        folded = ctx.folded
+        *found, rows, rgb = ctx.saved_tensors[:5]
+        layers = ctx.saved_tensors[5:]
+        of_layer = of_rgb * rgb * (1 - rgb)
+        for weight, layer in zip(folded.others[::-1], layers[::-1], strict=True):
+            of_layer = (of_layer @ weight) * (layer > 0)
+        of_hidden = of_layer @ folded.geometry
+        D = folded.density_channels
+        of_features = rgb.new_empty(len(rgb), len(rows) // ENCODINGS + D)
+        of_features[:, :-D] = encoded_rows_gradient(folded.colour.T @ of_layer.T, rows).T
+        of_features[:, -D:] = folded.density_gradient(of_hidden, of_sigma, *found).T
+        return of_features, None, None
+
+
+ENCODINGS = 5  # of a value v, by frequency_encoding: v, sin v, cos v, sin 2v, cos 2v
+
+
+def encoded_rows(v):
+    """Values v (D, N) -> rows (5 D, N): v, sin v, cos v, sin v cos v, sin^2 v. A layer reads them
+    as it reads frequency_encoding, with other weights: those of of_encoded."""
+    D, N = v.shape
+    rows = v.new_empty(ENCODINGS * D, N)
+    values, sine, cosine, both, square = rows.split(D)
+    values.copy_(v)
+    torch.sin(values, out=sine)
+    torch.cos(values, out=cosine)
+    torch.mul(sine, cosine, out=both)
+    torch.mul(sine, sine, out=square)
+    return rows
+
+
+def encoded_rows_gradient(grad, rows):
+    """The gradient of values (D, N), of that of encoded_rows (5 D, N), which is written over."""
+    _, sine, cosine, both, square = rows.chunk(ENCODINGS)
+    of_v, of_sine, of_cosine, of_both, of_square = grad.chunk(ENCODINGS)
+    of_v.addcmul_(of_sine, cosine).addcmul_(of_cosine, sine, value=-1)
+    of_v.add_(of_both).addcmul_(of_both, square, value=-2)
+    return of_v.addcmul_(of_square, both, value=2)
+
+
+def of_encoded(weight):
+    """The weight (n, 5 D) and bias (n,) with which a layer reads encoded_rows, of the weight with
+    which it reads frequency_encoding: sin 2v = 2 sin v cos v, cos 2v = 1 - 2 sin^2 v."""
+    v, sine, cosine, sine2, cosine2 = weight.chunk(ENCODINGS, dim=1)
+    weight = torch.cat([v, sine, cosine, 2 * sine2, -2 * cosine2], dim=1)
+    return weight, cosine2.sum(1)
+
+
+def quick(decoder):
+    """A Decoder as a field should ask it: a Folded, where it does not learn and numbers are fp32.
+    """
+    if not isinstance(decoder, Decoder) or decoder.start.dtype != torch.float32:
+        return decoder
+    learns = any(p.requires_grad for p in decoder.parameters())
+    if learns or torch.is_autocast_enabled(decoder.start.device.type):
+        return decoder
+    return Folded(decoder)
+
+
 class PlaneField:
     """The radiance field of one avatar: planes (3, C, R, R) read by a decoder.
 
@@ -691,13 +839,14 @@ class PlaneField:
     def __init__(self, planes, decoder):
         self.planes = planes
         self.decoder = decoder
+        self.decode = quick(decoder)
         self.density_planes = planes[:, -decoder.density_channels:]  # a view: few look-ups are
         # faster than a copy, which took most of the time of 1,024 rays at 512 x 512 x 32
 
     def __call__(self, points, dirs=None):
         if dirs is None:  # density alone reads a quarter of the channels
-            return self.decoder(sample_planes(self.density_planes, points))
-        return self.decoder(sample_planes(self.planes, points), dirs)
+            return self.decode(sample_planes(self.density_planes, points))
+        return self.decode(sample_planes(self.planes, points), dirs)
 
     def on_lattice(self, axis):
         """Density (n, n, n) where x, y and z are values of `axis` (n,), in [-1, 1].
@@ -718,7 +867,7 @@ class PlaneField:
         density = []
         for of_y, of_z in zip(xy, xz):  # slices along x
             features = of_y[:, None] + of_z + yz  # (n, n, D)
-            density.append(self.decoder(features.flatten(0, 1))[0])
+            density.append(self.decode(features.flatten(0, 1), dirs=None)[0])
         return torch.stack(density).view(len(axis), len(axis), len(axis))
 
 
@@ -1398,8 +1547,12 @@ class Finite:
 
 def not_finite(tensors):
     """1.0 where some value of some of the tensors is infinite or NaN, else 0.0; a tensor ()."""
-    largest = torch._foreach_norm([x.detach() for x in tensors], math.inf)  # writes no masks
-    return 1 - torch.stack(largest).isfinite().all().float()
+    tensors = [x.detach() for x in tensors]
+    if tensors[0].is_cpu:  # whose largest norm takes ten times as long as a sum
+        found = [x.sum() for x in tensors]
+    else:
+        found = torch._foreach_norm(tensors, math.inf)  # writes no masks
+    return 1 - torch.stack(found).isfinite().all().float()
 
 
 def by_steps(steps):

@@ -67,6 +67,34 @@ def test_frequency_encoding(width):
     assert torch.autograd.gradcheck(rh.frequency_encoding, v)
 
 
+@pytest.mark.parametrize('layers', [4, 5])
+@pytest.mark.parametrize('count', [0, 50])
+def test_a_folded_decoder_is_the_decoder(layers, count):
+    """Density, colour and the gradients of features, with colour and without."""
+    config = rh.make_config('tiny', [f'decoder_layers={layers}'])
+    decoder = rh.Decoder(config)
+    assert rh.quick(decoder) is decoder  # it learns
+    decoder.requires_grad_(False)
+    folded = rh.quick(decoder)
+    assert isinstance(folded, rh.Folded)
+
+    features = torch.randn(count, config.channels, requires_grad=True)
+    directions = torch.nn.functional.normalize(torch.randn(count, 3), dim=1)
+    of_density = torch.randn(count)
+    of_colour = torch.randn(count, 3)
+    found = []
+    for net in (decoder, folded):
+        sigma, rgb = net(features, directions)
+        loss = (sigma * of_density).sum() + (rgb * of_colour).sum()
+        alone, nothing = net(features)
+        assert nothing is None
+        gradients = [torch.autograd.grad(x.sum(), features)[0] for x in (loss, alone)]
+        found.append([sigma, rgb, alone, *gradients])
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_trunc_exp_keeps_its_gradient_finite():
     x = torch.tensor([0.0, 20.0], requires_grad=True)
     y = rh.trunc_exp(x)

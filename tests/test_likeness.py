@@ -315,6 +315,19 @@ def test_a_further_photograph_is_found_and_shows_its_side(shipped):
     assert psnrs[1] > psnrs[0] + 1
 
 
+def test_steps_are_those_of_pytorchs_adam():
+    ours = torch.randn(30, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    adam = likeness.Adam([ours])
+    optimizer = torch.optim.Adam([theirs], betas=(0.9, 0.99))
+    for rate in (1e-1, 1e-2, 1e-2):
+        optimizer.param_groups[0]['lr'] = rate
+        theirs.grad = theirs.detach().sin()
+        optimizer.step()
+        adam.step([ours.detach().sin()], rate)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
 def test_further_photographs_are_of_one_portrait(tiny, portrait):
     photograph = likeness.Photograph(portrait, torch.ones(1, 64, 64), 30)
     with pytest.raises(ValueError, match='of one portrait, not of 2'):

@@ -310,7 +310,8 @@ def test_the_vector_weighs_components_where_there_is_no_portrait():
 TINY = ['--preset', 'tiny', '--device', 'cpu']
 Z = ['latent_width=8', 'clip_width=8', 'prior_width=16', 'prior_layers=1', 'prior_timesteps=10']
 FEW = ['clip_steps=2', 'prior_steps=2', 'text_steps=2', 'base_steps=2', 'sample_steps=2',
-       'clip_batch=4', 'prior_batch=4', 'text_batch=4', 'base_batch=2', 'likeness_steps=2', 'steps=16', 'grid=8']
+       'clip_batch=4', 'prior_batch=4', 'text_batch=4', 'base_batch=2', 'likeness_steps=2',
+       'steps=16', 'grid=8']
 
 
 def run(script, *options):
