@@ -703,7 +703,7 @@ class Folded:
         colour_first, *others = decoder.color_net[0::2]  # ReLU is between them
         width = len(first.weight)
         of_direction = ENCODINGS * 3
-        of_features = colour_first.in_features - width - of_direction
+        of_features = colour_first.weight.shape[1] - width - of_direction
         parts = [of_features, width, of_direction]
         of_features, of_geometry, of_direction = colour_first.weight.split(parts, dim=1)
         self.colour, bias = of_encoded(of_features)

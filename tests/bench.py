@@ -617,7 +617,7 @@ def main(args):
             'rows': bench.rows,
         })
 
-    bench = Bench(device, args.seconds, clock, keep)
+    bench = Bench(device, args.seconds, clock, keep=keep)
     gflops = bench.flops / 1e9
     gbs = bench.bytes / 1e9
     print(f'matrix product {gflops:,.0f} GFLOP/s, copy {gbs:,.0f} GB/s\n\n{HEADER}')
