@@ -64,6 +64,8 @@ def start(device=None, seed=0, patience=None):
     if device.startswith('cuda'):
         if under_torchrun() and 'LOCAL_RANK' in os.environ:
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        elif device == 'cuda':  # which names no device
+            device = 'cuda:0'
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
