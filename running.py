@@ -446,6 +446,35 @@ class Ahead:
         return begun.result() if begun else work()
 
 
+class Behind:
+    """Writes in a thread what a run saves, while the run goes on.
+
+    One work at a time: the next waits until the one before is done. What that raised is raised
+    then, or when it is waited for.
+    """
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.begun = None
+
+    def begin(self, work):
+        self.wait()
+        self.begun = self.thread.submit(work)
+
+    def wait(self):
+        if self.begun is not None:
+            begun, self.begun = self.begun, None
+            begun.result()
+
+
+def copied(x):
+    """Copies tensors, and those in dicts and lists, to the CPU, as they are now."""
+    if torch.is_tensor(x):
+        return x.detach().to('cpu', copy=True)
+    if isinstance(x, dict):
+        return {name: copied(value) for name, value in x.items()}
+    return [copied(value) for value in x] if type(x) is list else x
+
+
 # Checkpoints --------------------------------------------------------------------------------------
 def write_checkpoint(path, kind, content):
     """Writes a dict of plain types and tensors.

@@ -20,6 +20,7 @@ mathematics (see batches.py).
 """
 import argparse
 import contextlib
+import functools
 import json
 import math
 import zlib
@@ -551,6 +552,7 @@ def train(args, config, rank, world, device):
     bar = running.Bar(todo, initial=begin, total=steps, disable=rank > 0, desc=args.stage)
 
     chores = running.Chores(args.save_every)
+    behind = running.Behind()
     for step in bar:
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(lr, step, steps, config)
@@ -598,17 +600,18 @@ def train(args, config, rank, world, device):
 
         if rank == 0 and saves:
             with chores.doing():
-                running.synchronise(log)
-                write_weights(args, config, network, ema, step + 1, made_with)
-                state = state_of(network, optimizer, ema, finite)
-                running.write_checkpoint(state_path, state_path.stem, {
+                state = running.copied({
                     'settings': settings,
                     'made_with': made_with,
                     'step': step + 1,
-                    **state,
+                    **state_of(network, optimizer, ema, finite),
                 })
+                behind.begin(functools.partial(save, args, config, network, log, state_path, state))
+                if args.stage == 'lora':  # which is written through the network
+                    behind.wait()
         if rank == 0 and shown:
             with chores.doing(), torch.no_grad():
+                behind.wait()
                 trained = ema.shadow
                 if args.stage != 'lora':
                     trained = running.load_model(args.stage, args.runs, device)
@@ -643,13 +646,18 @@ def over_ranks(total):
     return {name: round(x, 6) for name, x in zip(total, numbers, strict=True)}
 
 
-def write_weights(args, config, network, ema, step, made_with):
-    """Writes what a stage is for: a model, or a LoRA."""
+def save(args, config, network, log, path, state):
+    """Writes what a stage is for, a model or a LoRA, and then the state, which comes after the
+    lines of the log that are of before it."""
+    running.synchronise(log)
+    ema = state['ema']
     if args.stage == 'lora':
-        words.write_lora(args.runs / 'lora.safetensors', network, ema.shadow, config.trigger)
+        words.write_lora(args.runs / 'lora.safetensors', network, ema, config.trigger)
     else:
-        path = args.runs / f'{args.stage}.pt'
-        running.write_model(path, args.stage, config, ema.shadow, step, made_with=made_with)
+        made_with = state['made_with']
+        weights = args.runs / f'{args.stage}.pt'
+        running.write_model(weights, args.stage, config, ema, state['step'], made_with=made_with)
+    running.write_checkpoint(path, path.stem, state)
 
 
 def of_init(args):

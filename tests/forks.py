@@ -99,15 +99,15 @@ def run_as_rank(script, options):
     run(script, options)
 
 
-def torchrun(ranks, script, options, restarts=0):
+def torchrun(ranks, script, options, machines=1, endpoint='localhost:0', restarts=0):
     """Runs a script's main in several ranks: torchrun's launcher, whose ranks are forked, again
-    where one dies and there are restarts."""
+    where one dies and there are restarts; of one of several machines, which meet at an endpoint."""
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=machines,
+        max_nodes=machines,
         nproc_per_node=ranks,
         rdzv_backend='c10d',
-        rdzv_endpoint='localhost:0',
+        rdzv_endpoint=endpoint,
         run_id='forks',
         max_restarts=restarts,
         monitor_interval=0.1,

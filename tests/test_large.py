@@ -1,5 +1,6 @@
 """What many and large avatars need: nothing is read twice, one damaged avatar is not the end."""
 import shutil
+import threading
 
 import pytest
 import torch
@@ -104,6 +105,47 @@ def test_a_run_is_saved_by_time_and_seldom_enough(monkeypatch):
     assert saved[:3] == [600, 1500, 3000]
     assert len(saved) * 30 <= 0.02 * clock[0] + 30
     assert [step for step in range(7) if running.Chores(3).due(step)] == [2, 5]
+
+
+def saving(data, runs):
+    """Trains a VAE for five steps, and saves each second."""
+    options = ['--stage', 'vae', '--preset', 'tiny', '--data', data, '--runs', runs]
+    options += ['--save-every', 2, '--set', 'vae_steps=5', 'vae_batch=1']
+    train.main(train.parse([str(x) for x in options]))
+
+
+def test_a_run_goes_on_while_it_is_saved(data, tmp_path, monkeypatch):
+    """The first save takes until the third step is done, and holds what was after the second."""
+    third_step = threading.Event()
+    found = []
+
+    def update(ema, module, original=running.EMA.update):
+        original(ema, module)
+        if ema.updates == 3:
+            third_step.set()
+
+    def write(path, kind, content, original=running.write_checkpoint):
+        if kind == 'vae-state' and not found:
+            before = [x.clone() for x in content['ema'].values()]
+            found.append(third_step.wait(30))
+            assert all(map(torch.equal, before, content['ema'].values()))
+            assert content['updates'] == content['step'] == 2
+        original(path, kind, content)
+
+    monkeypatch.setattr(running.EMA, 'update', update)
+    monkeypatch.setattr(running, 'write_checkpoint', write)
+    saving(data, tmp_path)
+    assert found == [True]
+    assert running.read_checkpoint(tmp_path / 'vae-state.pt', 'vae-state')['step'] == 5
+
+
+def test_a_save_that_fails_ends_the_run(data, tmp_path, monkeypatch):
+    def write(path, kind, content):
+        rh.stop(f'{path}: cannot be written')
+
+    monkeypatch.setattr(running, 'write_checkpoint', write)
+    with pytest.raises(rh.Stop, match='cannot be written'):
+        saving(data, tmp_path)
 
 
 def test_memory_is_told_before_the_run(tiny):
