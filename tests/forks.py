@@ -99,7 +99,7 @@ def run_as_rank(script, options):
     run(script, options)
 
 
-def torchrun(ranks, script, options, machines=1, endpoint='localhost:0', restarts=0):
+def torchrun(ranks, script, options, restarts=0, machines=1, endpoint='localhost:0'):
     """Runs a script's main in several ranks: torchrun's launcher, whose ranks are forked, again
     where one dies and there are restarts; of one of several machines, which meet at an endpoint."""
     config = LaunchConfig(

@@ -67,7 +67,7 @@ def weights(folder, ranks, micro, machines=1):
     options += ['--fits', folder / 'fits', '--micro-batch', micro, '--device', 'cpu', '--set']
     options += [f'base_steps={STEPS}', f'base_batch={BATCH}', 'sample_steps=1']
     options = [str(option) for option in options]
-    how = (machines, f'localhost:{free_port()}')
+    how = (0, machines, f'localhost:{free_port()}')
     launchers = [
         forks.start(forks.torchrun, ranks, 'train', options, *how) for _ in range(machines)
     ]
