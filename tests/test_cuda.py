@@ -9,6 +9,7 @@ import torch
 
 import batches
 import fit
+import metrics
 import provenance
 import rodinhd as rh
 import running
@@ -185,6 +186,18 @@ def test_the_sampler(tiny):
 
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def test_metrics(tiny):
+    vae = rh.VAE(tiny)
+    a, b = torch.rand(2, 3, 64, 64, generator=generator())
+    ours = metrics.of_pairs(vae.to(DEVICE), DEVICE)
+    features = metrics.extractors(vae, device=DEVICE)['FD-VAE'](a)
+    theirs = metrics.of_pairs(vae.cpu())
+    assert ours.keys() == theirs.keys() >= {'PSNR', 'SSIM', 'VAE'}
+    for name, metric in theirs.items():
+        assert abs(ours[name](a, b) - metric(a, b)) < 2e-3 * max(abs(metric(a, b)), 0.1)
+    assert torch.allclose(features, metrics.extractors(vae)['FD-VAE'](a), atol=1e-3)
 
 
 # Scripts ------------------------------------------------------------------------------------------
