@@ -12,6 +12,7 @@ even and comes from all around. A character that is there already is left as it 
 command goes on after an interruption.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -23,11 +24,30 @@ import time
 import warnings
 from pathlib import Path
 
+
+@contextlib.contextmanager
+def silence(*descriptors):
+    """Drops what is written to these file descriptors, by libraries too."""
+    kept = [os.dup(descriptor) for descriptor in descriptors]
+    with open(os.devnull, 'w') as nowhere:
+        for descriptor in descriptors:
+            os.dup2(nowhere.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        for descriptor, before in zip(descriptors, kept):
+            os.dup2(before, descriptor)
+            os.close(before)
+
+
+WITHOUT = ''  # why there is no Blender
 try:
-    import bpy
-    from mathutils import Matrix, Vector
-except ImportError:
+    with silence(1, 2):  # with NumPy 2 it complains of its audio, which is not needed
+        import bpy
+        from mathutils import Matrix, Vector
+except ImportError as error:
     bpy = None
+    WITHOUT = str(error)
 
 SUFFIXES = ('.glb', '.gltf', '.vrm', '.fbx', '.obj', '.blend')
 FOV = 34.0  # degrees, as in rodinhd.PORTRAIT_FOV
@@ -35,6 +55,8 @@ DISTANCE = 4.0  # of the cameras from the middle, as in rodinhd.orbit_pose
 CHIN = 0.05  # height of the head's lower end in the unit cube
 TOP = 0.95  # and of its upper end
 BOX = 0.98  # what is farther from the planes through the middle is cut off
+SLICES = 100  # of a mesh, in which its width is looked at
+WIDER = 1.6  # how many times as wide shoulders are as a neck, at least
 LOWEST, HIGHEST = -20, 45  # elevations of the views, degrees
 PORTRAIT = (0, 2)  # azimuth and elevation of the portrait
 GOLDEN = math.pi * (3 - math.sqrt(5))  # turns azimuths so that no two meet
@@ -105,20 +127,50 @@ def vrm_looks_back(path):
     return 'VRM' in used
 
 
+def hide_bone_shapes():
+    """Hides the meshes that a skeleton's bones are drawn as: glTF's importer adds one, and a render
+    would show it."""
+    for rig in bpy.context.scene.objects:
+        for bone in rig.pose.bones if rig.type == 'ARMATURE' else ():
+            if bone.custom_shape:
+                bone.custom_shape.hide_render = True
+
+
+def missing_pictures():
+    """The names of the textures that a model asks for and that are not there."""
+    missing = []
+    for image in bpy.data.images:
+        if image.source == 'FILE' and not image.packed_file and image.filepath:
+            path = Path(bpy.path.abspath(image.filepath))
+            if not path.is_file():
+                missing.append(path.name)
+    return sorted(missing)
+
+
 def shown_meshes():
     """The meshes that a render would show."""
     return [o for o in bpy.context.scene.objects if o.type == 'MESH' and not o.hide_render]
 
 
 def corners():
-    """Points (x, y, z) of all meshes as they are posed, in world coordinates."""
+    """Points (x, y, z) of all meshes as they are posed, in world coordinates: their vertices and,
+    where edges are long, points along these, so that no height is without any."""
     graph = bpy.context.evaluated_depsgraph_get()
-    points = []
+    points, edges = [], []
     for shown in shown_meshes():
         posed = shown.evaluated_get(graph)
         mesh = posed.to_mesh()
-        points += [posed.matrix_world @ vertex.co for vertex in mesh.vertices]
+        placed = [posed.matrix_world @ vertex.co for vertex in mesh.vertices]
+        points += placed
+        edges += [[placed[k] for k in edge.vertices] for edge in mesh.edges]
         posed.to_mesh_clear()
+    if not points:
+        return []
+    heights = [point.z for point in points]
+    step = max(max(heights) - min(heights), 1e-6) / SLICES
+    for a, b in edges:
+        parts = math.ceil(abs(a.z - b.z) / step)
+        points += [a.lerp(b, k / parts) for k in range(1, parts)]
     return points
 
 
@@ -145,14 +197,13 @@ def frame(points):
     # Without a skeleton: the head is the upper part, until the neck is the narrowest place.
     bottom = min(point.z for point in points)
     widths = []
-    slices = 60
-    for k in range(slices):
-        low = top - (top - bottom) * (k + 1) / slices
-        high = top - (top - bottom) * k / slices
+    for k in range(SLICES):
+        low = top - (top - bottom) * (k + 1) / SLICES
+        high = top - (top - bottom) * k / SLICES
         xs = [point.x for point in points if low <= point.z < high]
         widths.append(max(xs) - min(xs) if xs else 0.0)
     neck = neck_of(widths)
-    chin = top - (top - bottom) * neck / slices
+    chin = top - (top - bottom) * neck / SLICES
     head = [point for point in points if point.z >= chin]
     x, y = (middle_of([point[axis] for point in head]) for axis in (0, 1))
     return x, y, chin, top - chin
@@ -163,14 +214,26 @@ def middle_of(values):
 
 
 def neck_of(widths):
-    """The slice, counted from the top, at which a person of these widths has the neck: the
-    narrowest one between the widest of the head and the shoulders."""
-    most = max(widths)
-    shoulders = next((k for k, width in enumerate(widths) if width > 0.85 * most), len(widths) - 1)
-    if shoulders < 4:
-        return max(1, len(widths) // 3)
-    head = max(range(shoulders // 2 + 1), key=widths.__getitem__)
-    return min(range(head, shoulders + 1), key=widths.__getitem__) or 1
+    """The slice, counted from the top, at which a person of these widths has the neck: the first
+    place that is narrower than the head above it and much narrower than the shoulders below it or,
+    where hair hides it, just above where it suddenly is much wider. Further down a whole body is
+    wider still, of hands and hips."""
+    head = neck = 0
+    for k, width in enumerate(widths):
+        if width > WIDER * widths[neck] and widths[neck] < 0.9 * widths[head]:
+            return neck
+        if k > 8 and width > WIDER * widths[k - 4]:  # and not the round top of the head
+            return k - 4
+        if width >= widths[head]:
+            head = neck = k
+        elif width < widths[neck]:
+            neck = k
+
+    # No neck is to be seen: a head is a third of a bust, whose lower end is wide,
+    # and 2 / 15 of a whole body.
+    lowest = max(widths[-len(widths) // 10:])
+    share = 1 / 3 if lowest > 0.7 * max(widths) else 2 / 15
+    return max(1, round(share * len(widths)))
 
 
 def place(points):
@@ -289,6 +352,7 @@ def render(path, folder, args, say):
     if path.suffix.lower() == '.vrm' and vrm_looks_back(path):
         turn(180)
     turn(args.turn)
+    hide_bone_shapes()
     points = corners()
     if len(points) < 4:
         raise RuntimeError('it has no mesh')
@@ -352,23 +416,20 @@ def folders_of(paths, data):
 def quietly(work):
     """Runs work() without what Blender prints; returns what it raised, or None."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    with open(os.devnull, 'w') as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        work()
-        return None
-    except (RuntimeError, ValueError, KeyError, OSError, SystemError) as error:
-        return error
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+    with silence(1):
+        try:
+            work()
+            return None
+        except (RuntimeError, ValueError, KeyError, OSError, SystemError) as error:
+            return error
+        finally:
+            sys.stdout.flush()
 
 
 def main(args):
     if bpy is None:
-        stop('render_blender.py runs in Blender, or needs the bpy package: pip install bpy')
+        stop('render_blender.py runs in Blender, or needs the bpy package: pip install bpy '
+             f'({WITHOUT})')
     if min(args.views, args.test, args.samples) < 1 or args.size < 16:
         stop('--views, --test and --samples must be at least 1, --size 16')
     paths = models_in(args.models)
@@ -391,6 +452,8 @@ def main(args):
         error = quietly(functools.partial(render, path, folder, args, say))
         seconds = time.monotonic() - began
         end = f'{seconds:.0f} s'
+        if not error and missing_pictures():
+            end += f', without {", ".join(missing_pictures())}, not found'
         if error:
             end = f'left out ({(str(error).strip().splitlines() or [repr(error)])[-1]})'
         failed += bool(error)

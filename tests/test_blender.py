@@ -38,8 +38,20 @@ def test_views_are_all_around_and_differ():
 def test_the_neck_is_the_narrowest_place():
     head = [4, 5, 6, 6, 6, 5]
     neck = [3, 2.5, 3]
-    body = [8, 12, 13, 13, 12, 12, 12]
-    assert render_blender.neck_of(head + neck + body) == 7
+    bust = [8, 12, 13, 13, 12, 12, 12]
+    assert render_blender.neck_of(head + neck + bust) == 7
+    arms_and_hips = [20, 24, 30, 8, 8, 7, 6]
+    assert render_blender.neck_of(head + neck + bust + arms_and_hips) == 7
+
+
+def test_hair_may_hide_the_neck():
+    """A whole body of 100 slices with the arms away from it, and hair down to the shoulders."""
+    hair = [9, 12, 14, 15, 15, 15, 16, 16, 16, 16, 17, 17, 18, 19]
+    body = [29, 32, 35, 38, 40] + 26 * [60] + 55 * [33]
+    assert render_blender.neck_of(hair + body) == 10
+    slopes = [10 + k for k in range(50)] + 50 * [30]  # no neck at all: by what is usual
+    assert render_blender.neck_of(slopes) == 13
+    assert render_blender.neck_of(slopes[:50]) == 17
 
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
