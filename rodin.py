@@ -265,7 +265,7 @@ def vectors_of(models, facts, count=1, guidance=1.5, seed=0):
     """z (count, D) of facts, by the networks `clip` and `text`.
 
     Of 64 draws each is the one in which CLIP sees these facts most surely, as DALL-E 2 picks of
-    two.
+    two. Whose hair has a colour is not bald.
     """
     clip = models['clip']
     words = clip.encode_facts(captions.as_vector(facts)[None])
@@ -276,6 +276,9 @@ def vectors_of(models, facts, count=1, guidance=1.5, seed=0):
         sure = z @ words[0] / z.shape[1]
         for factor in factors:
             sure = sure + odds_of(clip, z, factor).get(facts[factor], 0)
+        if 'hair' in facts and 'length' not in facts:
+            bald = odds_of(clip, z, 'length').get('bald', torch.tensor(-math.inf))
+            sure = sure + torch.log1p(-bald.exp())
         found.append(z[sure.argmax()])
     return torch.stack(found)
 

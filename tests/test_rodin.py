@@ -203,6 +203,24 @@ def test_vectors_lie_on_one_sphere_and_unseen_facts_are_known_as_such(config):
     assert torch.equal(a, b)
 
 
+def test_whose_hair_has_a_colour_is_not_bald(config, monkeypatch):
+    """Of two draws the bald one is nearer to what is asked, but taken where bald is asked alone."""
+    torch.manual_seed(0)
+    clip = rodin.Clip(config)
+    torch.nn.init.normal_(clip.facts)
+    clip.log_scale.data.fill_(4)
+    rows = torch.stack([captions.as_vector({'length': value}) for value in ('bald', 'short')])
+    draws = clip.encode_facts(rows)
+    monkeypatch.setattr(rodin, 'draw_latents', lambda *args: draws)
+    models = {'clip': clip, 'text': None}
+    red = {'hair': 'red'}
+    near = draws @ clip.encode_facts(captions.as_vector(red)[None])[0] / 8
+    near = near + rodin.odds_of(clip, draws, 'hair')['red']
+    assert near[0] > near[1]
+    assert torch.equal(rodin.vectors_of(models, red)[0], draws[1])
+    assert torch.equal(rodin.vectors_of(models, red | {'length': 'bald'})[0], draws[0])
+
+
 # Edits --------------------------------------------------------------------------------------------
 def texel(region, plane, first, second, R=41):
     """The weight of a plane (0: xy, 1: xz, 2: yz) at two coordinates in [-1, 1]."""
