@@ -37,7 +37,7 @@ def package_file(package, *parts):
 
 def missing(name, packages, why='not installed'):
     """Says in one line that a metric is not measured, and what it takes."""
-    if dist.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(f'{name} is missing ({why}): pip install --no-deps {packages}')
 
 
