@@ -13,6 +13,7 @@ Files are synthetic, and the system has them in memory. Writes results/large.jso
 """
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -142,11 +143,12 @@ def steps(folder):
         joint = rh.Joint(optimizer, None, lambda: None) if name == 'fit_with_decoder' else None
         prepared = rh.prepare(views, config, 'cpu', joint is not None)
 
-        def fitted(count):
-            pace = rh.by_steps(count)
-            return lambda: rh.fit_avatar(prepared, start, decoder, config, pace, joint=joint)  # noqa: B023
-
-        both = [counted(fitted(count)) for count in (16, 32)]  # the grid is updated each 16 steps
+        both = []
+        for count in (16, 32):  # the grid is updated each 16 steps
+            fitted = functools.partial(
+                rh.fit_avatar, prepared, start, decoder, config, rh.by_steps(count), joint=joint
+            )
+            both.append(counted(fitted))
         kernels, waits = (both[1] - both[0]) / 16
         found[name] = {'kernels': float(kernels), 'waits': float(waits)}
 
