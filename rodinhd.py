@@ -776,7 +776,7 @@ class FoldedColour(torch.autograd.Function):
         layers = ctx.saved_tensors[5:]
         of_layer = of_rgb * rgb * (1 - rgb)
         for weight, layer in zip(folded.others[::-1], layers[::-1], strict=True):
-            of_layer = (of_layer @ weight) * (layer > 0)
+            of_layer = torch.ops.aten.threshold_backward(of_layer @ weight, layer, 0)  # ReLU's
         of_hidden = of_layer @ folded.geometry
         D = folded.density_channels
         of_features = rgb.new_empty(len(rgb), len(rows) // ENCODINGS + D)
