@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 import avatars  # noqa: E402
 import frozen  # noqa: E402
+import likeness  # noqa: E402
 import rodinhd as rh  # noqa: E402
 import running  # noqa: E402
 import scenes  # noqa: E402
@@ -562,7 +564,34 @@ def bench_training(bench, config, stage, batches):
     row('compiled', batches[0], 'fp32, compiled', note)
 
 
-PARTS = ('lookup', 'view', 'finished', 'rays', 'fitting', 'networks')
+@torch.no_grad()
+def bench_portrait(bench, models, decoder):
+    """Fits an avatar to its portrait, with the rays of today and with what they were at first:
+    2,048 a step, all of them with all samples."""
+    config = models['base'].config
+    rgb, alpha = scenes.read_portrait(ROOT / 'examples/portrait.png', config.portrait)
+    image = scenes.portrait_on_white(rgb, alpha).to(bench.device)
+    planes = rh.generate(models, image[None]).planes[0]
+    seen = likeness.Seen(image, alpha.to(bench.device), torch.ones_like(alpha).to(bench.device))
+
+    def fit(rays, coarse):
+        numbers = mock.patch.multiple(likeness, RAYS=rays, COARSE_STEPS=coarse)
+        with numbers, torch.enable_grad():
+            return likeness.fit_one(planes, seen, decoder, config.likeness_steps)
+
+    ours = functools.partial(fit, likeness.RAYS, likeness.COARSE_STEPS)
+    theirs = functools.partial(fit, 2048, 0.0)
+    psnrs = []
+    for fitted in (ours(), theirs()):
+        field = frozen.freeze(fitted, decoder)
+        view = likeness.view_from(field, likeness.FRONT, config.portrait).view
+        psnrs.append(rh.psnr(view, image / 2 + 0.5))
+    note = 'PSNR of the portrait {:.1f} and {:.1f} dB'.format(*psnrs)
+    part = f'fitting to a portrait, {config.likeness_steps} steps'
+    bench.row(part, 'avatars', 1, ours, theirs, '2,048 whole rays', note=note)
+
+
+PARTS = ('lookup', 'view', 'finished', 'rays', 'fitting', 'networks', 'portrait')
 
 
 # The command --------------------------------------------------------------------------------------
@@ -607,6 +636,7 @@ def main(args):
     def keep():
         """Writes what is known so far."""
         running.write_json(args.out, {
+            **running.origin(device),
             'device': hardware(device),
             'threads': torch.get_num_threads(),
             'clock': 'CPU' if args.cpu_seconds else 'wall',
@@ -646,6 +676,8 @@ def main(args):
         bench_sampling(bench, models, decoder if shipped else None)
         for stage in ('base', 'upsample'):
             bench_training(bench, config, stage, args.batch)
+    if 'portrait' in parts:
+        bench_portrait(bench, models, decoder)
 
 
 def parse(argv=None):

@@ -61,6 +61,15 @@ def test_sampling_is_measured(measuring, monkeypatch):
     assert measuring.rows[-1]['note'].startswith('same picture to ')
 
 
+def test_fitting_to_a_portrait_is_measured(measuring):
+    args = bench.parse(['--preset', 'tiny', '--set', 'steps=8', 'grid=8', 'likeness_steps=1'])
+    models = bench.load_models(args, rh.make_config('tiny', args.set), measuring.device)
+    bench.bench_portrait(measuring, models, models['decoder'])
+    (row,) = measuring.rows
+    assert row['note'].startswith('PSNR of the portrait ')
+    assert row['ratio'] > 0
+
+
 def test_a_widened_decoder_shows_the_same_field(tiny):
     decoder = rh.Decoder(tiny)
     decoder.config = tiny
