@@ -610,7 +610,7 @@ def random_patch(folder, box, p, front=0.0):
     pixels = (x + columns.flatten(), y + rows.flatten())
     rays_o, rays_d = rh.pixel_rays(view.c2w[0], view.intrinsics[0], *pixels)
     return {
-        'rays_o': rays_o.reshape(rgb.shape),
+        'rays_o': rays_o.reshape(rgb.shape).contiguous(),  # memory of its own, which can be pinned
         'rays_d': rays_d.reshape(rgb.shape),
         'rgb': rgb.permute(2, 0, 1),
         'known': known,

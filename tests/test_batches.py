@@ -89,6 +89,14 @@ def test_what_is_drawn_is_the_samples_own(data, tiny, fits):
         assert not torch.equal(x[0], x[2])
 
 
+def test_what_is_read_can_be_pinned(data, tiny, fits):
+    """A tensor some of whose values share memory cannot: CUDA's loaders would fail."""
+    draws = batches.Draws(batches.Planes(fits, data, tiny), 7, patches=1, side=16)
+    batch = batches.collate([draws[3, j, j % 2] for j in range(2)])
+    tensors = [batch['planes'], batch['pixels'], *batch['patch'][0].values()]
+    assert all(0 not in x.stride() for x in tensors)
+
+
 def test_dice():
     """Numbers of all samples are even, each is handed out once, and they are no part of the
     noise."""
