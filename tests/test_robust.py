@@ -319,6 +319,19 @@ def test_a_rank_that_dies(trained, restarts):
         assert steps == list(range(len(steps)))
 
 
+def test_a_rank_that_hangs(trained):
+    """The other loses its patience, here after six seconds, which ends the job."""
+    options = ['--save-every', 1, '--patience', 0.1]
+    settings = ('vae_steps=9', 'vae_batch=2')
+    hanging = training(trained, 'hangs', 'vae', *settings, options=options)
+    process = forks.start(forks.torchrun, 2, 'hanging', hanging)
+    try:
+        process.join(LONG)
+        assert process.exitcode not in (None, 0)
+    finally:
+        process.terminate()
+
+
 def test_two_fits_on_one_folder_share_the_avatars(trained, tmp_path, tiny):
     decoder = rh.Decoder(tiny).state_dict()
     running.write_model(tmp_path / 'fits/decoder.pt', 'decoder', tiny, decoder, 0)
