@@ -1,8 +1,14 @@
 """Pictures of what is exported, made by the programs that people open it in.
 
+    python tests/importers.py --planes samples/*/planes.pt          -> results/meshes.json
+
+measures the meshes and the splats of avatars of sample.py in each program that is there, beside the
+volumes' own views from four sides; the pictures go to --pictures.
+
 `npm install --prefix tests` gets three.js, model-viewer, a splat viewer and the Khronos validator;
 `pip install bpy` is Blender. Where one is absent, `missing` says so.
 """
+import argparse
 import base64
 import importlib.util
 import io
@@ -12,15 +18,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-import rodinhd as rh
-
 HERE = Path(__file__).parent
+if __name__ == '__main__':
+    sys.path.insert(0, str(HERE.parent))
+
+import rodinhd as rh  # noqa: E402
+
 MODULES = Path(os.environ.get('NODE_MODULES', HERE / 'node_modules'))
 NAMES = ('chromium', 'chromium-browser', 'google-chrome')
 CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), None)
@@ -292,3 +302,94 @@ def compared(ours, theirs):
         one, other = a.opacity > 0.5, b.opacity > 0.5
         overlaps.append(float((one & other).sum() / (one | other).sum()))
     return np.mean(psnrs), np.mean(overlaps)
+
+
+# The command --------------------------------------------------------------------------------------
+BROWSED = {  # a program, its package, and what it opens
+    'three': ('three', '.glb'),
+    'model-viewer': ('@google/model-viewer', '.glb'),
+    'spark': ('@sparkjsdev/spark', '.ply'),
+}
+
+
+def seen_in_all(folder, size):
+    """Opens avatar.glb and avatar.ply in a folder in all programs that are there -> {program:
+    [rh.Picture]}."""
+    seen = {}
+    if blender_command('x'):
+        seen['Blender'] = in_blender(folder / 'avatar.glb', folder, size)
+    if missing():
+        return seen
+    from playwright import sync_api
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=WITHOUT_A_GPU)
+        for program, (package, suffix) in BROWSED.items():
+            if not missing(package):
+                asset = folder / f'avatar{suffix}'
+                seen[program], _ = in_browser(browser, program, asset, size)
+        browser.close()
+    return seen
+
+
+def main(args):
+    import frozen
+    import meshes
+    import pictures
+    import running
+    import splats
+
+    torch.set_grad_enabled(False)
+    decoder = running.load_model('decoder', args.fits, 'cpu')
+    intrinsics = rh.intrinsics_of(rh.PORTRAIT_FOV, args.size)
+    found, rows = {}, []
+    for path in args.planes:
+        planes = running.read_checkpoint(path, 'avatars')['planes'][0].float()
+        avatar = pictures.avatar_of(planes, decoder, decoder.config)
+        poses = [rh.orbit_pose(side, ELEVATION) for side in SIDES]
+        views = [
+            frozen.render_view(avatar.field, pose, intrinsics, args.size, args.size)
+            for pose in poses
+        ]
+        rows.append(views)
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            how = {'triangles': meshes.TRIANGLES, 'texture': meshes.TEXTURE}
+            mesh = meshes.mesh_of(*avatar, **how)
+            meshes.write_mesh(folder / 'avatar.glb', mesh)
+            splats.write_splats(folder / 'avatar.ply', splats.splats_of(*avatar))
+            numbers = {'triangles': len(mesh.faces)}
+            for program, seen in seen_in_all(folder, args.size).items():
+                psnr, overlap = compared(seen, views)
+                numbers[program] = {'PSNR': float(psnr), 'overlap': float(overlap)}
+                rows.append(seen)
+        found[path.parent.name] = numbers
+        print(path.parent.name, numbers)
+
+    ask = ['git', 'rev-parse', '--short', 'HEAD']
+    commit = subprocess.run(ask, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    running.write_json(HERE.parent / 'results' / 'meshes.json', {
+        'command': 'python tests/importers.py --planes samples/*/planes.pt',
+        'commit': commit,
+        'machine': f'{os.cpu_count()} CPU cores, PyTorch {torch.__version__}',
+        'size': args.size,
+        'sides': SIDES,
+        'avatars': found,
+    })
+    if args.pictures:
+        sheet = np.concatenate([np.concatenate([p.rgb.numpy() for p in row], 1) for row in rows])
+        Image.fromarray((sheet * 255).clip(0, 255).astype(np.uint8)).save(args.pictures)
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument('--planes', type=Path, nargs='+', required=True)
+    p.add_argument('--fits', type=Path, default=HERE.parent / 'weights')
+    p.add_argument('--size', type=int, default=256)
+    p.add_argument('--pictures', type=Path)
+    return p.parse_args(argv)
+
+
+if __name__ == '__main__':
+    main(parse())
