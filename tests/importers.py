@@ -65,7 +65,8 @@ IMPORTS = {
     'spark': '@sparkjsdev/spark/dist/spark.module.js',
     'model-viewer': '@google/model-viewer/dist/model-viewer-module.min.js',
 }
-PAGE = '''<!doctype html><style>body {{ margin: 0 }} * {{ --poster-color: transparent }}</style>
+PAGE = '''<!doctype html><style>body {{ margin: 0 }} * {{
+  --poster-color: transparent; --progress-bar-color: transparent; --progress-bar-height: 0 }}</style>
 <script type="importmap">{{"imports": {imports}}}</script>
 <body><script type="module">{script}</script></body>'''
 THREE = '''
