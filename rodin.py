@@ -283,6 +283,18 @@ def vectors_of(models, facts, count=1, guidance=1.5, seed=0):
     return torch.stack(found)
 
 
+def planes_of(models, sentence, seed=0):
+    """Planes (1, 3, C, R, R) of the facts of a sentence that CLIP knows; ends in one line where it
+    has none."""
+    clip = models['clip']
+    facts = captions.understand(sentence).facts
+    facts = {name: value for name, value in facts.items() if clip.knows((name, value))}
+    if not facts:
+        rh.stop('give a photograph, or words of sex, hair, skin, clothes or expression')
+    vector = vectors_of(models, facts, seed=seed)
+    return rh.generate(models, rh.nobody(models['base'].config, 1, vector), seed=seed).planes
+
+
 # Edits --------------------------------------------------------------------------------------------
 def with_facts(facts, changes):
     """Facts after changes to them: who becomes bald has no colour of hair, and new clothes have

@@ -66,7 +66,7 @@ IMPORTS = {
     'model-viewer': '@google/model-viewer/dist/model-viewer-module.min.js',
 }
 PAGE = '''<!doctype html><style>body {{ margin: 0 }} * {{
-  --poster-color: transparent; --progress-bar-color: transparent; --progress-bar-height: 0 }}</style>
+  --poster-color: transparent; --progress-bar-color: transparent }}</style>
 <script type="importmap">{{"imports": {imports}}}</script>
 <body><script type="module">{script}</script></body>'''
 THREE = '''

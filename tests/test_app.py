@@ -8,6 +8,7 @@ import torch
 import app
 import meshes
 import pictures
+import rodin
 import rodinhd as rh
 import running
 
@@ -80,6 +81,18 @@ def test_a_photograph_becomes_an_avatar(url, tmp_path):
             page.locator(file_named('avatar0.glb')).first.click()
         assert download.value.path().read_bytes() == b'glTF'
         browser.close()
+
+
+def test_a_sentence_becomes_an_avatar(models, monkeypatch):
+    monkeypatch.setattr(running, 'load_latents', lambda *_: None)
+    monkeypatch.setattr(rodin, 'planes_of', lambda *_: torch.zeros(1, 3, 8, 32, 32))
+    monkeypatch.setattr(meshes, 'mesh_of', lambda *_, **__: None)
+    monkeypatch.setattr(meshes, 'write_mesh', lambda *_: [])
+    turn_of = pictures.turn_of
+    monkeypatch.setattr(pictures, 'turn_of', lambda *args: turn_of(*args, size=16))
+    parts = app.make(models, None, 'a man', lambda *_, **__: None)
+    found = [name for part in parts for name in part]
+    assert found == ['picture', 'viewer', 'turning', 'files']
 
 
 def test_what_is_missing_is_said(models):

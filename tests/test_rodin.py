@@ -3,6 +3,7 @@ import dataclasses
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -566,3 +567,10 @@ def test_training_on_takes_vectors_where_the_shipped_network_does(tmp_path):
     assert settings().latent_drop == 0.5
     assert settings('--set', 'latent_width=0').latent_width == 0
     assert train.of_init(train.parse(['--stage', 'upsample', '--init', str(tmp_path)])) == []
+
+
+def test_a_sentence_that_says_nothing_is_refused():
+    clip = SimpleNamespace(knows=lambda fact: False)
+    for sentence in ('', 'xyz', 'a man'):  # of a fact that training has not seen
+        with pytest.raises(rh.Stop, match='give a photograph, or words'):
+            rodin.planes_of({'clip': clip}, sentence)
