@@ -703,6 +703,40 @@ class Decoder(nn.Module):
         return sigma, torch.sigmoid(self.color_net(x))
 
 
+ENCODINGS = 5  # of a value v, by frequency_encoding: v, sin v, cos v, sin 2v, cos 2v
+
+
+def encoded_rows(v):
+    """Values v (D, N) -> rows (5 D, N): v, sin v, cos v, sin v cos v, sin^2 v. A layer reads them
+    as it reads frequency_encoding, with other weights: those of of_encoded."""
+    D, N = v.shape
+    rows = v.new_empty(ENCODINGS * D, N)
+    values, sine, cosine, both, square = rows.split(D)
+    values.copy_(v)
+    torch.sin(values, out=sine)
+    torch.cos(values, out=cosine)
+    torch.mul(sine, cosine, out=both)
+    torch.mul(sine, sine, out=square)
+    return rows
+
+
+def encoded_rows_gradient(grad, rows):
+    """The gradient of values (D, N), of that of encoded_rows (5 D, N), which is written over."""
+    _, sine, cosine, both, square = rows.chunk(ENCODINGS)
+    of_v, of_sine, of_cosine, of_both, of_square = grad.chunk(ENCODINGS)
+    of_v.addcmul_(of_sine, cosine).addcmul_(of_cosine, sine, value=-1)
+    of_v.add_(of_both).addcmul_(of_both, square, value=-2)
+    return of_v.addcmul_(of_square, both, value=2)
+
+
+def of_encoded(weight):
+    """The weight (n, 5 D) and bias (n,) with which a layer reads encoded_rows, of the weight with
+    which it reads frequency_encoding: sin 2v = 2 sin v cos v, cos 2v = 1 - 2 sin^2 v."""
+    v, sine, cosine, sine2, cosine2 = weight.chunk(ENCODINGS, dim=1)
+    weight = torch.cat([v, sine, cosine, 2 * sine2, -2 * cosine2], dim=1)
+    return weight, cosine2.sum(1)
+
+
 class Folded:
     """A Decoder that does not learn, faster: the same numbers but for rounding, with gradients for
     the features alone.
@@ -713,6 +747,7 @@ class Folded:
     """
     @torch.no_grad()
     def __init__(self, decoder):
+        self.decoder = decoder
         self.density_channels = decoder.density_channels
         first, _, last = decoder.sigma_net
         self.density, bias = of_encoded(first.weight)
@@ -735,6 +770,8 @@ class Folded:
 
     def __call__(self, features, dirs=None):
         """As Decoder: features (N, C) and directions (N, 3) -> density (N,), colour (N, 3)."""
+        if torch.is_autocast_enabled(features.device.type):
+            return self.decoder(features, dirs)
         if dirs is None:
             return FoldedDensity.apply(features[:, -self.density_channels:], self), None
         return FoldedColour.apply(features, dirs, self)
@@ -806,49 +843,13 @@ class FoldedColour(torch.autograd.Function):
         return of_features, None, None
 
 
-ENCODINGS = 5  # of a value v, by frequency_encoding: v, sin v, cos v, sin 2v, cos 2v
-
-
-def encoded_rows(v):
-    """Values v (D, N) -> rows (5 D, N): v, sin v, cos v, sin v cos v, sin^2 v. A layer reads them
-    as it reads frequency_encoding, with other weights: those of of_encoded."""
-    D, N = v.shape
-    rows = v.new_empty(ENCODINGS * D, N)
-    values, sine, cosine, both, square = rows.split(D)
-    values.copy_(v)
-    torch.sin(values, out=sine)
-    torch.cos(values, out=cosine)
-    torch.mul(sine, cosine, out=both)
-    torch.mul(sine, sine, out=square)
-    return rows
-
-
-def encoded_rows_gradient(grad, rows):
-    """The gradient of values (D, N), of that of encoded_rows (5 D, N), which is written over."""
-    _, sine, cosine, both, square = rows.chunk(ENCODINGS)
-    of_v, of_sine, of_cosine, of_both, of_square = grad.chunk(ENCODINGS)
-    of_v.addcmul_(of_sine, cosine).addcmul_(of_cosine, sine, value=-1)
-    of_v.add_(of_both).addcmul_(of_both, square, value=-2)
-    return of_v.addcmul_(of_square, both, value=2)
-
-
-def of_encoded(weight):
-    """The weight (n, 5 D) and bias (n,) with which a layer reads encoded_rows, of the weight with
-    which it reads frequency_encoding: sin 2v = 2 sin v cos v, cos 2v = 1 - 2 sin^2 v."""
-    v, sine, cosine, sine2, cosine2 = weight.chunk(ENCODINGS, dim=1)
-    weight = torch.cat([v, sine, cosine, 2 * sine2, -2 * cosine2], dim=1)
-    return weight, cosine2.sum(1)
-
-
 def quick(decoder):
     """A Decoder as a field should ask it: a Folded, where it does not learn and numbers are fp32.
     """
     if not isinstance(decoder, Decoder) or decoder.start.dtype != torch.float32:
         return decoder
     learns = any(p.requires_grad for p in decoder.parameters())
-    if learns or torch.is_autocast_enabled(decoder.start.device.type):
-        return decoder
-    return Folded(decoder)
+    return decoder if learns else Folded(decoder)
 
 
 class PlaneField:

@@ -93,6 +93,8 @@ def test_a_folded_decoder_is_the_decoder(layers, count):
     for a, b in zip(*found, strict=True):
         assert a.shape == b.shape
         assert torch.allclose(a, b, atol=1e-5)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(folded(features, directions)[1], decoder(features, directions)[1])
 
 
 def test_trunc_exp_keeps_its_gradient_finite():
