@@ -21,7 +21,9 @@ def make(models, paths, sentence, tell):
     of it}. tell((done, total), desc=what) hears of the work."""
     folder = Path(tempfile.mkdtemp(prefix='rodinhd-'))
     config, decoder = models['base'].config, models['decoder']
-    crops, turns, files = [], [], []
+    crops = []
+    turns = []
+    files = []
     for k, path in enumerate(paths or [None]):  # None: a sentence
         if path is None:
             running.load_latents(models, 'text')
