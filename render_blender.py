@@ -257,8 +257,31 @@ def turn(degrees):
     move(Matrix.Rotation(math.radians(degrees), 4, 'Z'))
 
 
-def keep_inside(shown, graph):
-    """Replaces a mesh by what of it, as it is posed, is inside the unit cube."""
+def close(mesh, cut, axis):
+    """Closes what a plane across an axis has cut, by elements `cut`, so that nobody looks into a
+    hollow body; the new faces have the material and the colours of what is beside them."""
+    import bmesh
+    points = [element for element in cut if isinstance(element, bmesh.types.BMVert)]
+    if not points:
+        return
+    height = points[0].co[axis]
+    bmesh.ops.remove_doubles(mesh, verts=points, dist=1e-5)  # seams of textures are open
+
+    def is_cut(edge):
+        return edge.is_boundary and all(abs(end.co[axis] - height) < 1e-5 for end in edge.verts)
+
+    edges = [edge for edge in mesh.edges if is_cut(edge)]
+    made = bmesh.ops.edgeloop_fill(mesh, edges=edges)['faces']
+    for face in made:
+        for loop in face.loops:
+            beside = [other for other in loop.vert.link_loops if other.face not in made]
+            if beside:
+                loop.copy_from(beside[0])
+                face.material_index = beside[0].face.material_index
+
+
+def keep_inside(shown, graph, box):
+    """Replaces a mesh by what of it, as it is posed, is inside the cube [-box, box]^3."""
     import bmesh
     posed = shown.evaluated_get(graph)
     mesh = bmesh.new()
@@ -267,11 +290,12 @@ def keep_inside(shown, graph):
     for axis in range(3):
         for sign in (-1.0, 1.0):
             point, normal = [0.0] * 3, [0.0] * 3
-            point[axis], normal[axis] = sign * BOX, sign
+            point[axis], normal[axis] = sign * box, sign
             geometry = [*mesh.verts, *mesh.edges, *mesh.faces]
-            bmesh.ops.bisect_plane(
+            cut = bmesh.ops.bisect_plane(
                 mesh, geom=geometry, plane_co=point, plane_no=normal, clear_outer=True
-            )
+            )['geom_cut']
+            close(mesh, cut, axis)
     still = bpy.data.meshes.new(shown.name)
     mesh.to_mesh(still)
     mesh.free()
@@ -359,8 +383,8 @@ def render(path, folder, args, say):
 
     place(points)
     graph = bpy.context.evaluated_depsgraph_get()
-    for shown in shown_meshes():
-        keep_inside(shown, graph)
+    for k, shown in enumerate(shown_meshes()):
+        keep_inside(shown, graph, BOX - 1e-3 * k)  # so that no two ends lie in one plane
     light()
     camera = prepare(args.size, args.samples)
 

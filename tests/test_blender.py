@@ -64,6 +64,37 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
         render_blender.main(args)
 
 
+CUT = """
+import sys
+from pathlib import Path
+import render_blender
+import bmesh
+render_blender.quietly(lambda: render_blender.load(Path(sys.argv[1]), 'Y'))
+render_blender.place(render_blender.corners())
+graph = render_blender.bpy.context.evaluated_depsgraph_get()
+for shown in render_blender.shown_meshes():
+    render_blender.keep_inside(shown, graph, 0.9)
+mesh = bmesh.new()
+mesh.from_mesh(render_blender.shown_meshes()[0].data)
+print(max(abs(x) for point in mesh.verts for x in point.co))
+print(sum(edge.is_boundary for edge in mesh.edges))
+"""
+
+
+@pytest.mark.skipif(not BLENDER, reason='needs Blender (pip install bpy)')
+def test_what_is_cut_off_is_closed(tmp_path):
+    trimesh = pytest.importorskip('trimesh')
+    tube = trimesh.creation.cylinder(0.2, 3.0)
+    rod = trimesh.creation.cylinder(0.1, 4.0, transform=trimesh.transformations.rotation_matrix(
+        math.pi / 2, [1, 0, 0], [0, 0, 0]))
+    trimesh.util.concatenate([tube, rod]).export(tmp_path / 'cross.glb')
+    command = [sys.executable, '-c', CUT, str(tmp_path / 'cross.glb')]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    farthest, ends = done.stdout.split()[-2:]
+    assert float(farthest) == pytest.approx(0.9, abs=1e-4), done.stderr
+    assert int(ends) == 0
+
+
 @pytest.mark.skipif(not BLENDER, reason='needs Blender (pip install bpy)')
 def test_a_character_becomes_posed_images(tmp_path, capsys):
     trimesh = pytest.importorskip('trimesh')
