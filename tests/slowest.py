@@ -3,7 +3,11 @@ they are: PYTHONPATH=tests python -m pytest -n 2 --dist loadfile -p slowest
 
 What a test spends is its process's time and that of the processes that it has waited for, those of
 forks.py among them, with the fixtures that it is the first to ask for. SLOWEST=FILE keeps all in a
-JSON file, too; what that holds of other tests stays.
+JSON file, too; what that holds of other tests stays. Of such a file, results/slowest.json,
+
+    python tests/slowest.py results/slowest.json
+
+prints the table that docs/speed.md shows.
 """
 import json
 import os
@@ -95,7 +99,17 @@ def keep(path, found):
 def pytest_terminal_summary(terminalreporter):
     found = found_in(terminalreporter.stats)
     terminalreporter.section(f'slowest of {sum(found.values()):.0f} CPU-seconds')
-    for name in sorted(found, key=found.get)[:-SHOWN - 1:-1]:
-        terminalreporter.write_line(row_of(name, found[name]))
+    terminalreporter.write_line(table_of(found))
     if 'SLOWEST' in os.environ:
         keep(Path(os.environ['SLOWEST']), found)
+
+
+def table_of(tests):
+    """The slowest of tests, {name: CPU-seconds}, as a table in Markdown."""
+    slowest = sorted(tests, key=tests.get)[:-SHOWN - 1:-1]
+    rows = [row_of(name, tests[name]) for name in slowest]
+    return '\n'.join(['| CPU-seconds | test |', '|---|---|', *rows])
+
+
+if __name__ == '__main__':
+    print(table_of(json.loads(Path(sys.argv[1]).read_text())['tests']))

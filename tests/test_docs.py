@@ -8,6 +8,7 @@ import subprocess
 
 import bench
 import pytest
+import slowest
 from conftest import ROOT
 
 import avatars
@@ -148,6 +149,11 @@ def test_tables_are_those_of_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, 'PAGE', tmp_path / 'results.md')
     tables.main(tables.parse(['docs']))
     assert copy.read_text() == page
+
+
+def test_the_slowest_tests_are_those_that_were_measured():
+    tests = json.loads((ROOT / 'results/slowest.json').read_text())['tests']
+    assert slowest.table_of(tests) in (ROOT / 'docs/speed.md').read_text()
 
 
 def test_a_table_that_changed_is_put_into_the_docs(tmp_path, monkeypatch):
