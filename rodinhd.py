@@ -185,6 +185,7 @@ class Config:
     base_views: int = 0  # samples of a base batch that are rendered and compared with a view
     base_predict: Literal['noise', 'x_start'] = 'noise'  # x_start learns within hours
     identity_start: Switch = 0  # the upsample network begins as the identity
+    up_density: float = 1.0  # share of what it changes of density that is kept in sampling
     clip_grad: float = 0.0  # training clips gradients to this norm; 0: not
     final_lr: float = 1.0  # below 1: training warms up, then falls to this share along a cosine
     likeness_steps: int = 0  # of fitting a sampled avatar to its portrait (likeness.py)
@@ -209,8 +210,8 @@ LARGEST = dict(
     latent_width=8192, latent_drop=1, clip_width=1024, clip_batch=2**16, prior_layers=256,
     prior_width=2**16, prior_timesteps=10**5, prior_batch=2**16, text_batch=2**16,
     condition_drop=1, ema=1, planes_final_lr=1, decoder_final_lr=1, final_lr=1, rescale=1,
-    patch_front=1, base_views=2**16, refiner_width=1024, refiner_blocks=256, refiner_patch=4096,
-    refiner_batch=2**16,
+    patch_front=1, up_density=1, base_views=2**16, refiner_width=1024, refiner_blocks=256,
+    refiner_patch=4096, refiner_batch=2**16,
 )
 LARGEST_OF_OTHERS = 10**9
 LONGEST = 8  # of a tuple
@@ -222,7 +223,7 @@ BRIEFLY = dict(
     silhouette_rays=1, regulariser_every=8, cull=1, planes_final_lr=0.05, decoder_final_lr=0.1,
     fog_start=1, mean_start=1, rescale=0.25, fisher_batches=16, positions=1, aligned=1,
     base_aligned=1, mirror=1, base_predict='x_start', identity_start=1, clip_grad=1.0,
-    likeness_steps=40,
+    likeness_steps=40, up_density=0.4,
     prior_layers=6, prior_width=128, prior_steps=1500, prior_lr=2e-3, text_steps=2500, text_lr=2e-3,
     refiner_width=32, refiner_blocks=5, refiner_patch=64, refiner_batch=4, refiner_steps=1500,
     refiner_lr=1e-3,
@@ -2942,4 +2943,15 @@ def generate(
     if quick:
         return Avatars(resize_planes(low, models['upsample'].config.resolution), low)
     planes = sample_stage('upsample', models['upsample'], portrait, low, **how)
-    return Avatars(planes, low)
+    return Avatars(softened(planes, low, models['upsample'].config), low)
+
+
+def softened(planes, low, config):
+    """Planes (B, 3, C, R, R) whose density is but a share up_density of the way from that of the
+    low-resolution ones: outlines that the base network is unsure of are soft, and stay so."""
+    if config.up_density == 1:
+        return planes
+    density = slice(-(config.channels // 4), None)
+    soft = resize_planes(low[:, :, density], planes.shape[-1])
+    planes[:, :, density] = soft.lerp(planes[:, :, density], config.up_density)
+    return planes

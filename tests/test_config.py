@@ -28,6 +28,7 @@ OFF = {  # what each setting that is not in the papers is in `paper`
     'base_views': 0,
     'base_predict': 'noise',
     'identity_start': 0,
+    'up_density': 1,
     'clip_grad': 0,
     'final_lr': 1,
     'likeness_steps': 0,

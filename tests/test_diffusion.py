@@ -307,3 +307,15 @@ def test_a_correction_takes_the_place_of_x_start():
     assert len(seen) == 3
     assert all((x == 0).all() for x in seen)
     assert all((x == 0.25).all() for x in [out, *watched])
+
+
+def test_a_share_of_the_upsampled_density_is_kept():
+    config = rh.make_config('tiny', ['up_density=0.25'])
+    planes, low = torch.randn(2, 3, 8, 32, 32), torch.randn(2, 3, 8, 8, 8)
+    soft = rh.resize_planes(low, 32)
+    made = rh.softened(planes.clone(), low, config)
+    assert torch.equal(made[:, :, :6], planes[:, :, :6])
+    expected = soft[:, :, 6:] + 0.25 * (planes - soft)[:, :, 6:]
+    assert torch.allclose(made[:, :, 6:], expected, atol=1e-6)
+    whole = rh.make_config('tiny', ['up_density=1'])
+    assert rh.softened(planes, low, whole) is planes
