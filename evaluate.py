@@ -555,6 +555,7 @@ def from_latent(subject, sources):
         title = 'latent'
         if len(settings) > 1:
             title = f'latent, s={guidance:g}, {steps} steps'
+        steps = steps if args.steps else None  # else those of avatars of a vector
         how = dict(guidance=guidance, steps=steps, seed=seed_of(subject.folder, args))
         rows[title] = Avatar(rh.generate(models, seen, **how).planes[0], models['decoder'])
     return rows

@@ -189,13 +189,14 @@ class Config:
     clip_grad: float = 0.0  # training clips gradients to this norm; 0: not
     final_lr: float = 1.0  # below 1: training warms up, then falls to this share along a cosine
     likeness_steps: int = 0  # of fitting a sampled avatar to its portrait (likeness.py)
+    vector_steps: int = 0  # sampling steps of the base model from a vector alone; 0: sample_steps
 
 
 SETTINGS = [field.name for field in fields(Config)]
 NOT_IN_THE_PAPERS = SETTINGS[SETTINGS.index('augment'):]
 MAY_BE_ZERO = (
     'base_views', 'components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates',
-    'vae_steps',
+    'vae_steps', 'vector_steps',
 )
 
 # The largest values: memory grows with these, shares are of 1, the viewer packs cells in eights
@@ -207,7 +208,8 @@ LARGEST = dict(
     base_batch=2**16, up_width=8192, up_mult=64, up_blocks=16, up_body=64, up_head_width=8192,
     up_timesteps=10**5, up_batch=2**16, patch=4096, patches=2**16, sample_steps=10**5,
     patch_grid_updates=10**4, fisher_batches=10**4, components=10**4, likeness_steps=10**5,
-    latent_width=8192, latent_drop=1, clip_width=1024, clip_batch=2**16, prior_layers=256,
+    latent_width=8192, latent_drop=1, vector_steps=10**5, clip_width=1024, clip_batch=2**16,
+    prior_layers=256,
     prior_width=2**16, prior_timesteps=10**5, prior_batch=2**16, text_batch=2**16,
     condition_drop=1, ema=1, planes_final_lr=1, decoder_final_lr=1, final_lr=1, rescale=1,
     patch_front=1, up_density=1, base_views=2**16, refiner_width=1024, refiner_blocks=256,
@@ -223,7 +225,7 @@ BRIEFLY = dict(
     silhouette_rays=1, regulariser_every=8, cull=1, planes_final_lr=0.05, decoder_final_lr=0.1,
     fog_start=1, mean_start=1, rescale=0.25, fisher_batches=16, positions=1, aligned=1,
     base_aligned=1, mirror=1, base_predict='x_start', identity_start=1, clip_grad=1.0,
-    likeness_steps=40, up_density=0.4,
+    likeness_steps=40, up_density=0.4, vector_steps=1,
     prior_layers=6, prior_width=128, prior_steps=1500, prior_lr=2e-3, text_steps=2500, text_lr=2e-3,
     refiner_width=32, refiner_blocks=5, refiner_patch=64, refiner_batch=4, refiner_steps=1500,
     refiner_lr=1e-3,
@@ -2939,11 +2941,19 @@ def generate(
         if portrait.vector is None:
             guidance = 1.0
     how = dict(steps=steps, seed=seed, mix=mix, **how)
-    low = sample_stage('base', base, portrait, guidance=guidance, correct=correct, **how)
+    of_base = dict(how)
+    if not steps and of_vector(portrait):
+        of_base['steps'] = config.vector_steps
+    low = sample_stage('base', base, portrait, guidance=guidance, correct=correct, **of_base)
     if quick:
         return Avatars(resize_planes(low, models['upsample'].config.resolution), low)
     planes = sample_stage('upsample', models['upsample'], portrait, low, **how)
     return Avatars(softened(planes, low, models['upsample'].config), low)
+
+
+def of_vector(portrait):
+    """Whether a Portrait has a vector alone: training dropped, or `nobody` lacks, the rest."""
+    return portrait.vector is not None and not portrait.latent.any()
 
 
 def softened(planes, low, config):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rodinhd as rh
+import running
 
 BASE_ALPHA_BAR = {
     0.05: 0.873, 0.1: 0.742, 0.2: 0.490, 0.3: 0.283, 0.4: 0.139, 0.5: 0.0557, 0.6: 0.0169,
@@ -319,3 +320,16 @@ def test_a_share_of_the_upsampled_density_is_kept():
     assert torch.allclose(made[:, :, 6:], expected, atol=1e-6)
     whole = rh.make_config('tiny', ['up_density=1'])
     assert rh.softened(planes, low, whole) is planes
+
+
+def test_avatars_of_a_vector_take_steps_of_their_own(tiny):
+    config = rh.make_config('tiny', ['latent_width=4', 'sample_steps=3'])
+    portrait = rh.nobody(config, 1, torch.ones(1, 4))
+    assert rh.of_vector(portrait)
+    assert not rh.of_vector(portrait._replace(vector=None))
+    assert not rh.of_vector(portrait._replace(latent=portrait.latent + 1))
+    models = {kind: running.build(kind, config).eval() for kind in ('vae', 'base', 'upsample')}
+    for steps, expected in ((None, 1), (2, 2)):
+        calls = []
+        rh.generate(models, portrait, steps=steps, quick=True, watch=calls.append)
+        assert len(calls) == expected
