@@ -2962,6 +2962,7 @@ def softened(planes, low, config):
     if config.up_density == 1:
         return planes
     density = slice(-(config.channels // 4), None)
-    soft = resize_planes(low[:, :, density], planes.shape[-1])
+    soft = resize_planes(low[:, :, density].double(), planes.shape[-1])  # exempt from autocast
+    soft = soft.to(planes)
     planes[:, :, density] = soft.lerp(planes[:, :, density], config.up_density)
     return planes
