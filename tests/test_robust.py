@@ -2,6 +2,7 @@
 ranks, no NaN."""
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -345,3 +346,14 @@ def test_two_fits_on_one_folder_share_the_avatars(trained, tmp_path, tiny):
         assert saved['planes'].isfinite().all()
     with pytest.raises(rh.Stop, match=r'fitted with other settings \(fit_steps\)'):
         fit.main(fit.parse([*command, 'fit_steps=31']))
+
+
+@pytest.mark.parametrize('own', [None, '7'])
+def test_threads_do_not_wait_in_a_loop_for_long(own, monkeypatch):
+    """Scripts say so before PyTorch is imported; what somebody has set stays."""
+    if own is None:
+        monkeypatch.delenv('GOMP_SPINCOUNT', raising=False)
+    else:
+        monkeypatch.setenv('GOMP_SPINCOUNT', own)
+    runpy.run_path(str(ROOT / 'endings.py'))
+    assert os.environ['GOMP_SPINCOUNT'] == (own or '3000')
