@@ -283,12 +283,16 @@ def vectors_of(models, facts, count=1, guidance=1.5, seed=0):
     return torch.stack(found)
 
 
+def known(facts, clip):
+    """Those of facts {factor: value} that a CLIP's training data showed."""
+    return {factor: value for factor, value in facts.items() if clip.knows((factor, value))}
+
+
 def planes_of(models, sentence, seed=0):
     """Planes (1, 3, C, R, R) of the facts of a sentence that CLIP knows; ends in one line where it
     has none."""
     clip = models['clip']
-    facts = captions.understand(sentence).facts
-    facts = {name: value for name, value in facts.items() if clip.knows((name, value))}
+    facts = known(captions.understand(sentence).facts, clip)
     if not facts:
         rh.stop('give a photograph, or words of sex, hair, skin, clothes or expression')
     vector = vectors_of(models, facts, seed=seed)

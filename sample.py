@@ -273,7 +273,7 @@ def heard(option, text, clip):
     """The facts that CLIP knows of an option's words; says what was understood and what was not,
     and stops where that is all."""
     understood = captions.understand(text)
-    facts = {f: value for f, value in understood.facts.items() if clip.knows((f, value))}
+    facts = rodin.known(understood.facts, clip)
     strange = list(understood.unknown)
     for factor, value in understood.facts.items():
         if factor not in facts:

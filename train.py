@@ -488,13 +488,8 @@ def write_picture(path, image):
         Image.fromarray(pixels).save(temporary)
 
 
-def train(args, config, rank, world, device):
-    prefix = 'up' if args.stage == 'upsample' else args.stage
-    steps = getattr(config, f'{prefix}_steps')
-    batch = getattr(config, f'{prefix}_batch')
-    lr = getattr(config, f'{prefix}_lr')
-    bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
-
+def prepare_of(name):
+    """The function that makes a Stage of a name of STAGES, of (args, config, device)."""
     special = {
         'vae': prepare_vae,
         'clip': latents.prepare_clip,
@@ -503,9 +498,43 @@ def train(args, config, rank, world, device):
         'refiner': prepare_refiner,
         'lora': words.prepare_lora,
     }
-    prepare = special.get(args.stage, prepare_diffusion)
-    stage = prepare(args, config, device)
-    data, draw, network, loss_of, picture = stage
+    return special.get(name, prepare_diffusion)
+
+
+def backward(stage, model, samples, parts, weight, alone, bf16):
+    """The gradient of the mean loss of a whole batch, in parts -> this rank's share of its terms, a
+    dict of scalars.
+
+    samples: yields what was read, for one part after the other. parts, weight: of batches.shares.
+    alone: of running.parallel. Ranks' gradients are averaged after the last part, where their sum
+    is meant.
+    """
+    device = next(model.parameters()).device
+    total = {}
+    for places in parts:
+        is_last = places is parts[-1]
+        waiting = contextlib.nullcontext() if is_last else alone()
+        seen = batches.drawn(next(samples), stage.draw, device)
+        share = weight * len(places)
+        with waiting:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                terms = stage.loss(model, seen)
+            (sum(terms.values()) * share * dist.get_world_size()).backward()
+        for name, term in terms.items():
+            total[name] = total.get(name, 0) + share * term.detach()
+    return total
+
+
+def train(args, config, rank, world, device):
+    prefix = 'up' if args.stage == 'upsample' else args.stage
+    steps = getattr(config, f'{prefix}_steps')
+    batch = getattr(config, f'{prefix}_batch')
+    lr = getattr(config, f'{prefix}_lr')
+    bf16 = device.type == 'cuda' if args.bf16 is None else args.bf16
+
+    prepare = prepare_of(args.stage)
+    stage = Stage(*prepare(args, config, device))
+    data, _, network, loss_of, picture = stage
     made_with = data.items.made_with
     if made_with:
         made_with['fitted planes'] = provenance.of_files(list(data.items.paths()))
@@ -557,21 +586,8 @@ def train(args, config, rank, world, device):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(lr, step, steps, config)
 
-        # The gradient of the whole batch's mean, in parts: ranks' gradients are averaged after the
-        # last of them, and the sum over the ranks is meant
         optimizer.zero_grad()
-        total = {}
-        for places in parts:
-            is_last = places is parts[-1]
-            waiting = contextlib.nullcontext() if is_last else alone()
-            seen = batches.drawn(next(samples), draw, device)
-            share = weight * len(places)
-            with waiting:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    terms = loss_of(model, seen)
-                (sum(terms.values()) * share * world).backward()
-            for name, term in terms.items():
-                total[name] = total.get(name, 0) + share * term.detach()
+        total = backward(stage, model, samples, parts, weight, alone, bf16)
 
         # The norm is of the averaged gradients: the same on all ranks, so all of them step, or none
         norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad or math.inf)

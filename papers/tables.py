@@ -60,8 +60,12 @@ class Table(NamedTuple):
 
 
 # RodinHD's Table 5: each avatar has one visit of 15,000 steps, or 30 visits of 5,000.
-# Rows are of the papers' networks and training: without our shortcuts, views and mirror images
-PAPERS = ['components=0', 'aligned=0', 'base_aligned=0', 'base_views=0', 'mirror=0']
+# Rows are of the papers' networks, training and sampling: without our shortcuts, views and mirror
+# images, and without what is kept of the upsampled density and the one step of vectors
+PAPERS = [
+    'components=0', 'aligned=0', 'base_aligned=0', 'base_views=0', 'mirror=0', 'up_density=1',
+    'vector_steps=0',
+]
 NO_REPLAY = ['outer=1', 'inner={triple}', 'weight_iwc=0']
 
 TABLE_4A = Table(
