@@ -343,7 +343,7 @@ def each_view(compare, views, ours, truth):
 
 
 BINS = {'0-45': (0, 45), '45-90': (45, 90), '90-135': (90, 135), '135-180': (135, 181),
-        '45-135': (45, 135)}  # degrees from the front, on either side
+        '45-135': (45, 135), '30-60': (30, 60)}  # degrees from the front, on either side
 SHOWN_AT = ('0-45', '45-135', '135-180')  # the PSNR of these stands in the printed table
 FACES_WITHIN = 60  # degrees from the front, in which a face is looked for
 

@@ -307,6 +307,7 @@ def test_faces_are_compared_where_the_truth_shows_them():
         'CSIM (dlib) at 0-45': 0,
         'CSIM (dlib) at 45-90': 1,
         'CSIM (dlib) at 45-135': 1,
+        'CSIM (dlib) at 30-60': 1,
         'CSIM (dlib) at front': 0,
         'CSIM-cross (dlib)': 0,
         'faces': 3,
@@ -389,6 +390,7 @@ def test_scores_by_azimuth():
         'PSNR at 0-45': 2,
         'PSNR at 90-135': 10,
         'PSNR at 45-135': 10,
+        'PSNR at 30-60': 3,
         'PSNR at 135-180': 25,
     }
     lacking = evaluate.averages({'a': [None, 3.0], 'b': [None, None]}, [0, 90])
