@@ -441,7 +441,9 @@ WHERE_WRONG = 0.5  # a share of which is drawn where the sample differs from the
 COARSE_STEPS = 0.6  # the first steps, whose rays have half as many samples
 LEARNING_RATE = 1e-2  # it falls to a tenth
 POINTS = 4096  # of every other step, that must stay empty
-WEIGHT_EMPTY = 0.1  # of the log density there
+WEIGHT_EMPTY = 0.1  # of the log density there,
+SOLID = 5.0  # at a distance from cells of this density
+AWAY = 1.5  # of so many cells; it grows with the distance
 GRID_EVERY = 20  # steps
 EMPTY_EVERY = 2
 
@@ -485,15 +487,34 @@ def corrected(planes, corrections):
     return total.clamp(-1, 1)
 
 
+class Emptiness(NamedTuple):
+    """Where a sample is empty, or nearly so, by the cells of its grid."""
+
+    density: torch.Tensor  # (G, G, G), the sample's own, and no more shall be there
+    weight: torch.Tensor  # (G, G, G), how much that counts
+
+
+def emptiness_of(grid):
+    """The Emptiness of a sample's occupancy grid.
+
+    Where the portrait shows more than the sample has, larger hair for instance, what is added shall
+    lie around the sample, as deep as that is. A texel of the xz plane alone would put it at all
+    depths, as a block. So the weight grows with the distance from what is solid.
+    """
+    cells = ndimage.distance_transform_edt((grid.values < SOLID).cpu().numpy())
+    weight = torch.from_numpy((cells - 1).clip(0) / AWAY).to(grid.values)
+    return Emptiness(grid.values.clamp(min=rh.EMPTY), weight)
+
+
 def fog_in(field, empty, generator):
-    """Mean log density, above that of rh.EMPTY, at random points in the cells `empty` (G, G, G)
-    bool; points in other cells count as zero."""
-    G, device = len(empty), empty.device
+    """The weighted mean, over random points, of the log density above that of an Emptiness."""
+    G, device = len(empty.weight), empty.weight.device
     cell = torch.randint(G, (POINTS, 3), generator=generator).to(device)
     within = torch.rand(POINTS, 3, generator=generator).to(device)
     points = (cell + within) * (2 / G) - 1
-    density = field(points)[0].clamp(min=rh.EMPTY)
-    return (torch.log(density / rh.EMPTY) * empty[cell.unbind(1)]).mean()
+    density, weight = (x[cell.unbind(1)] for x in empty)
+    excess = torch.log(field(points)[0].clamp(min=rh.EMPTY) / density).clamp(min=0)
+    return (excess * weight).mean()
 
 
 def pixels_of(image):
@@ -582,7 +603,7 @@ def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
     chance = chance[shown].cpu()
 
     # What is empty in the sample stays so: there shall be no fog where there was none.
-    empty = grid.values <= rh.EMPTY
+    empty = emptiness_of(grid)
 
     corrections = new_corrections(planes, front_alone=not views)
     adam = Adam(corrections)

@@ -408,3 +408,25 @@ def test_fine_corrections_are_of_the_plane_that_the_front_shows():
     total = likeness.corrected(planes, [three, one])
     xz = [rh.AXES[i] == (0, 2) for i in range(3)]
     assert [x.unique().tolist() for x in total] == [[0.75] if is_xz else [0.5] for is_xz in xz]
+
+
+def test_what_is_added_lies_around_the_sample():
+    """Of a sample that is solid in one cell of 9 x 9 x 9 and has a little fog elsewhere, twice the
+    fog costs the more the farther it is; the sample itself, and more beside the solid cell, cost
+    nothing."""
+    grid = rh.OccupancyGrid(9, 16, 'cpu')
+    grid.values = torch.full((9, 9, 9), 0.1)
+    grid.values[4, 4, 4] = 100
+    empty = likeness.emptiness_of(grid)
+    weights = empty.weight[4, 4]
+    assert torch.allclose(weights, torch.tensor([3, 2, 1, 0, 0, 0, 1, 2, 3]) / likeness.AWAY)
+
+    def fog(times, low, high):
+        def field(points):
+            there = (points[:, 0] >= low) & (points[:, 0] < high)
+            return torch.where(there, 0.1 * times, 0.1), None
+
+        return float(likeness.fog_in(field, empty, torch.Generator().manual_seed(0)))
+
+    assert fog(1, -1, 1) == 0
+    assert 0 < fog(2, -1 / 9, 1 / 9) < fog(2, -1, -7 / 9)  # one layer of cells each
