@@ -445,6 +445,22 @@ def median_of(rgba, rows, columns):
     return None if len(pixels) < 0.15 * part.shape[0] * part.shape[1] else np.median(pixels, axis=0)
 
 
+def mean_of_both(rgba, rows, sides):
+    """The mean of median_of two parts, left and right; None where one of them is None."""
+    found = [median_of(rgba, rows, columns) for columns in sides]
+    return None if any(x is None for x in found) else np.mean(found, axis=0)
+
+
+def skin_colour(rgba):
+    """The colour (3,) of a portrait's cheeks; None where it has none."""
+    return mean_of_both(rgba, (0.3, 0.36), ((0.42, 0.46), (0.54, 0.58)))
+
+
+def clothes_colour(rgba):
+    """The colour (3,) of what is worn on a portrait's shoulders; None where it shows none."""
+    return mean_of_both(rgba, (0.64, 0.78), ((0.2, 0.34), (0.66, 0.8)))
+
+
 def seen_length(rgba):
     """How long hair is, by the silhouette of a portrait (P, P, 4): a value of 'length'."""
     widths = (rgba[..., 3] > 0.5).mean(1)
@@ -472,18 +488,16 @@ def seen_facts(rgb, alpha, length=None):
     facts = {}
     facts['length'] = length or seen_length(rgba)
     hair = hair_colour(rgba, facts['length'])
-    cheeks = [median_of(rgba, (0.3, 0.36), x) for x in ((0.42, 0.46), (0.54, 0.58))]
-    if all(x is not None for x in cheeks):
-        skin = np.mean(cheeks, axis=0)
+    skin = skin_colour(rgba)
+    if skin is not None:
         facts['skin'] = skin_name(skin)
         if hair is not None and length is None and facts['length'] == 'short' and alike(hair, skin):
             facts['length'] = 'bald'
         facts |= seen_beard(rgba, skin)
     if facts['length'] != 'bald' and hair is not None:
         facts['hair'] = hair_name(hair, facts['length'] == 'short')
-    shoulders = [median_of(rgba, (0.64, 0.78), x) for x in ((0.2, 0.34), (0.66, 0.8))]
-    if all(x is not None for x in shoulders):
-        cloth = np.mean(shoulders, axis=0)
+    cloth = clothes_colour(rgba)
+    if cloth is not None:
         facts['clothes'] = colour_name(cloth)
         shade = shade_name(cloth)
         if shade and facts['clothes'] not in ('black', 'white'):

@@ -17,6 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import captions
+import likeness
+import paint
 import rodinhd as rh
 
 SIDE = 64  # pixels a side that our CLIP sees of a portrait
@@ -258,29 +260,49 @@ def facts_seen(clip, z):
 
 
 # Words --------------------------------------------------------------------------------------------
-CANDIDATES = 64  # vectors that are drawn of a sentence, of which one is taken
+CANDIDATES = 64  # vectors that are drawn of a sentence, of which
+FINALISTS = 8  # become avatars, of which one is taken
 
 
 def vectors_of(models, facts, count=1, guidance=1.5, seed=0):
     """z (count, D) of facts, by the networks `clip` and `text`.
 
     Of 64 draws each is the one in which CLIP sees these facts most surely, as DALL-E 2 picks of
-    two. Whose hair has a colour is not bald.
+    two; or, as what a vector says need not come out, of the 8 surest the one in whose avatar CLIP
+    does.
     """
     clip = models['clip']
     words = clip.encode_facts(captions.as_vector(facts)[None])
-    factors = [factor for factor in factors_known(clip) if factor in facts]
     found = []
     for i in range(count):
         z = draw_latents(models['text'], CANDIDATES, words, guidance, (seed + i) * CANDIDATES)
-        sure = z @ words[0] / z.shape[1]
-        for factor in factors:
-            sure = sure + odds_of(clip, z, factor).get(facts[factor], 0)
-        if 'hair' in facts and 'length' not in facts:
-            bald = odds_of(clip, z, 'length').get('bald', torch.tensor(-math.inf))
-            sure = sure + torch.log1p(-bald.exp())
-        found.append(z[sure.argmax()])
+        z = z[how_sure(clip, z, facts).topk(FINALISTS).indices]
+        fronts = fronts_of(models, z, seed + i)
+        found.append(z[how_sure(clip, clip.encode_images(fronts), facts).argmax()])
     return torch.stack(found)
+
+
+def how_sure(clip, z, facts):
+    """How surely CLIP sees facts in each of z (B, D), logarithms (B,). Whose hair has a colour is
+    not bald."""
+    words = clip.encode_facts(captions.as_vector(facts)[None])
+    sure = z @ words[0] / z.shape[1]
+    for factor in factors_known(clip):
+        if factor in facts:
+            sure = sure + odds_of(clip, z, factor).get(facts[factor], 0)
+    if 'hair' in facts and 'length' not in facts:
+        bald = odds_of(clip, z, 'length').get('bald', torch.tensor(-math.inf))
+        sure = sure + torch.log1p(-bald.exp())
+    return sure
+
+
+def fronts_of(models, vectors, seed=0):
+    """The fronts (B, 3, S, S) in [-1, 1] of avatars of vectors (B, D), by the base network alone,
+    as small as our CLIP sees them."""
+    nobody = rh.nobody(models['base'].config, len(vectors), vectors)
+    made = rh.generate(models, nobody, seed=seed, quick=True).planes
+    views = [likeness.front_view(planes, models['decoder'], SIDE).view for planes in made]
+    return torch.stack(views) * 2 - 1
 
 
 def known(facts, clip):
@@ -295,8 +317,9 @@ def planes_of(models, sentence, seed=0):
     facts = known(captions.understand(sentence).facts, clip)
     if not facts:
         rh.stop('give a photograph, or words of sex, hair, skin, clothes or expression')
-    vector = vectors_of(models, facts, seed=seed)
-    return rh.generate(models, rh.nobody(models['base'].config, 1, vector), seed=seed).planes
+    vector = vectors_of(models, paint.before_painting(facts), seed=seed)
+    made = rh.generate(models, rh.nobody(models['base'].config, 1, vector), seed=seed).planes
+    return paint.recoloured_all(made, models, facts)
 
 
 # Edits --------------------------------------------------------------------------------------------
@@ -309,6 +332,14 @@ def with_facts(facts, changes):
     if 'clothes' in changes and 'shade' not in changes:
         changed.pop('shade', None)
     return changed
+
+
+def with_needed(facts, changes):
+    """Changes to facts, with what they take for granted: hair that gets a colour grows first, on
+    who is bald."""
+    if 'hair' in changes and 'length' not in changes and facts.get('length') == 'bald':
+        return changes | {'length': 'short'}
+    return changes
 
 
 def edited(clip, z, changes, strength=1.0):
@@ -332,10 +363,10 @@ WORN = ('clothes', 'shade', 'outfit', 'pattern')
 EVERYWHERE = ('sex', 'group')
 
 
-def region_of(changes, R):
+def region_of(changes, R, falls=True):
     """Where changes (facts) may change an avatar: weights (3, 1, R, R) in 0..1 of its planes.
 
-    Clothes are below the neck, all else is above it, but long hair, which may fall to the chest;
+    Clothes are below the neck, all else is above it, but hair that falls, to the chest at most;
     sex and group are everywhere. The xy plane knows no height: there the rest of the body counts
     for clothes, and the head's own place for a third.
     """
@@ -354,9 +385,9 @@ def region_of(changes, R):
         worn[0] = 1 - around_head * 2 / 3
         worn[1:] = ramp(NECK - axis)[:, None]
     if any(factor not in WORN for factor in changes):
-        falls = 0.5 if {'hair', 'length'} & changes.keys() else 0
+        below = 0.5 if falls and {'hair', 'length'} & changes.keys() else 0
         head[0] = around_head
-        head[1:] = ramp(axis - NECK + falls)[:, None] * inner
+        head[1:] = ramp(axis - NECK + below)[:, None] * inner
     return torch.maximum(worn, head)[:, None]
 
 

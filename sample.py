@@ -49,6 +49,7 @@ import captions
 import export
 import likeness
 import meshes
+import paint
 import photo
 import pictures
 import refiner
@@ -289,19 +290,24 @@ def heard(option, text, clip):
     return facts
 
 
-def vectors_for(args, models):
-    """The vectors of Rodin's latents to make avatars of, (--count, D): of the words of --prompt,
-    of nobody in particular, or None where portraits are what is asked for or no network for it was
-    trained."""
+def facts_for(args, models):
+    """The facts of --prompt, where an avatar is made of them by Rodin's latents, else {}."""
+    if args.prompt is None or args.sd or args.lora:
+        return {}
+    if not running.has_latents(models, 'text'):
+        print(f'from words: by Stable Diffusion, as {models["base"].path} takes no words')
+        return {}
+    print('from words: by the latents of Rodin (--sd: by Stable Diffusion)')
+    running.load_latents(models, 'text')
+    return heard('--prompt', args.prompt, models['clip'])
+
+
+def vectors_for(args, models, facts):
+    """The vectors of Rodin's latents to make avatars of, (--count, D): of facts, of nobody in
+    particular, or None where portraits are what is asked for or no network for it was trained."""
     count = args.count or 1
-    if args.prompt is not None and not (args.sd or args.lora):
-        if not running.has_latents(models, 'text'):
-            print(f'from words: by Stable Diffusion, as {models["base"].path} takes no words')
-            return None
-        print('from words: by the latents of Rodin (--sd: by Stable Diffusion)')
-        running.load_latents(models, 'text')
-        facts = heard('--prompt', args.prompt, models['clip'])
-        return rodin.vectors_of(models, facts, count, seed=args.seed)
+    if facts:
+        return rodin.vectors_of(models, paint.before_painting(facts), count, seed=args.seed)
     if args.unconditional and running.has_latents(models, 'prior'):
         running.load_latents(models, 'prior')
         return rodin.draw_latents(models['prior'], count, seed=args.seed)
@@ -457,26 +463,54 @@ STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of a strip, times --strength
 
 
 def edit(models, sampled, args, how):
-    """Edits the avatar of a portrait by the words of --edit -> Edits.
+    """Edits the avatar of a portrait by the words of --edit -> Edits."""
+    z = models['clip'].encode_images(sampled.images)[0]
+    edited, strips = [], []
+    for text in args.edit:
+        changes = heard('--edit', text, models['clip'])
+        strip = strip_of(models, sampled.planes[0], z, changes, args.strength, how)
+        strips.append(strip)
+        edited.append(strip[STRENGTHS.index(1.0)])
+    return Edits(torch.stack([sampled.planes[0], *edited]), strips)
+
+
+def strip_of(models, planes, z, changes, strength, how):
+    """Planes (3, C, R, R) of an avatar whose vector is z (D,), changed by facts, at each of
+    STRENGTHS, (n, 3, C, R, R).
 
     Rodin moves the vector of which it makes the avatar. Ours is made of a portrait, which says more
     than its vector, and was fitted to it. So two avatars are made of the vector alone, before and
     after it moved and with the same noise, and their difference is added to the planes where what
-    is named may be.
+    is named may be. Colours of hair and clothes are painted (paint.py), which is all where nothing
+    else is named; a colour that is reached is not passed.
     """
     clip = models['clip']
-    config = models['base'].config
-    z = clip.encode_images(sampled.images)[0]
-    edited, strips = [], []
-    for text in args.edit:
-        changes = heard('--edit', text, clip)
-        vectors = [rodin.edited(clip, z, changes, args.strength * s) for s in STRENGTHS]
+    strengths = [strength * share for share in STRENGTHS]
+    where = rodin.region_of(changes, planes.shape[-1]).to(planes)
+    moved = planes.expand(len(strengths), *planes.shape)
+    changes = rodin.with_needed(rodin.facts_seen(clip, z), changes)
+    if changes.keys() - paint.PAINTED:
+        vectors = [rodin.edited(clip, z, changes, x) for x in strengths]
+        config = models['base'].config
         made = [rh.generate(models, rh.nobody(config, 1, v[None]), **how).planes for v in vectors]
-        where = rodin.region_of(changes, made[0].shape[-1]).to(made[0])
-        strip = torch.cat([sampled.planes[:1] + where * (x - made[0]) for x in made]).clamp(-1, 1)
-        strips.append(strip)
-        edited.append(strip[STRENGTHS.index(1.0)])
-    return Edits(torch.stack([sampled.planes[0], *edited]), strips)
+        made = torch.cat(made)
+        moved = (planes + where * (made - made[:1])).clamp(-1, 1)
+
+    full = moved[STRENGTHS.index(1.0)]
+    where = rodin.region_of(changes, planes.shape[-1], hair_falls(clip, z, changes)).to(planes)
+    colours = where * (paint.recoloured(full, models['decoder'], changes) - full)
+    share = torch.tensor(strengths).to(planes).clamp(max=1).view(-1, 1, 1, 1, 1)
+    return (moved + share * colours).clamp(-1, 1)
+
+
+def hair_falls(clip, z, changes):
+    """Whether the hair of who has a vector z (D,) falls below the neck, after changes (facts)."""
+    return (rodin.facts_seen(clip, z) | changes).get('length') in ('long', 'big')
+
+
+def with_planes(sampled, planes):
+    """A Sampled of other planes (B, 3, C, R, R)."""
+    return sampled._replace(planes=planes, low=rh.resize_planes(planes, sampled.low.shape[-1]))
 
 
 def how_to_sample(args):
@@ -637,7 +671,8 @@ def make(args, models, paths, folder, made_with, written):
     device = next(models['base'].parameters()).device
     earlier = before(folder)
     states = states_of(folder)
-    vectors = vectors_for(args, models)
+    facts = facts_for(args, models)
+    vectors = vectors_for(args, models, facts)
     if args.prompt is not None and vectors is None:
         paths = [draw_prompt(args, folder, device)]
         written.append('prompt.png')
@@ -648,11 +683,12 @@ def make(args, models, paths, folder, made_with, written):
     count = args.count or (8 if args.interpolate else 1)  # of each portrait
     photographs = read_photographs(args, config.portrait, folder)
     sampled = sample(models, given, count, args, photographs, vectors)
+    if facts:
+        sampled = with_planes(sampled, paint.recoloured_all(sampled.planes, models, facts))
     strips = []
     if args.edit:
         edits = edit(models, sampled, args, how_to_sample(args))
-        low = rh.resize_planes(edits.planes, sampled.low.shape[-1])
-        sampled = sampled._replace(planes=edits.planes, low=low)
+        sampled = with_planes(sampled, edits.planes)
         strips = edits.strips
     seconds = time.monotonic() - began
     print(f'{len(sampled.planes)} avatar(s) sampled in {seconds:.1f} s')

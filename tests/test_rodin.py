@@ -213,6 +213,9 @@ def test_whose_hair_has_a_colour_is_not_bald(config, monkeypatch):
     rows = torch.stack([captions.as_vector({'length': value}) for value in ('bald', 'short')])
     draws = clip.encode_facts(rows)
     monkeypatch.setattr(rodin, 'draw_latents', lambda *args: draws)
+    monkeypatch.setattr(rodin, 'FINALISTS', 2)
+    monkeypatch.setattr(rodin, 'fronts_of', lambda models, z, seed: z)
+    monkeypatch.setattr(clip, 'encode_images', lambda z: z)
     models = {'clip': clip, 'text': None}
     red = {'hair': 'red'}
     near = draws @ clip.encode_facts(captions.as_vector(red)[None])[0] / 8
@@ -220,6 +223,31 @@ def test_whose_hair_has_a_colour_is_not_bald(config, monkeypatch):
     assert near[0] > near[1]
     assert torch.equal(rodin.vectors_of(models, red)[0], draws[1])
     assert torch.equal(rodin.vectors_of(models, red | {'length': 'bald'})[0], draws[0])
+
+
+def test_the_avatar_that_shows_it_is_taken(config, monkeypatch):
+    """Not the vector that says it: of two finalists the second one's avatar is what was asked."""
+    torch.manual_seed(0)
+    clip = rodin.Clip(config)
+    torch.nn.init.normal_(clip.facts)
+    rows = torch.stack([captions.as_vector({'length': value}) for value in ('bald', 'long')])
+    draws = clip.encode_facts(rows)
+    monkeypatch.setattr(rodin, 'draw_latents', lambda *args: draws)
+    monkeypatch.setattr(rodin, 'FINALISTS', 2)
+    monkeypatch.setattr(rodin, 'fronts_of', lambda models, z, seed: z)
+    monkeypatch.setattr(clip, 'encode_images', lambda z: z.flip(0))
+    models = {'clip': clip, 'text': None}
+    found = rodin.vectors_of(models, {'length': 'bald'})[0]
+    expected = rodin.how_sure(clip, draws.flip(0), {'length': 'bald'}).argmax()
+    assert torch.equal(found, draws[expected])
+    assert rodin.how_sure(clip, draws, {'length': 'bald'}).argmax() != expected
+
+
+def test_hair_that_gets_a_colour_grows_first_on_who_is_bald():
+    grown = rodin.with_needed({'length': 'bald'}, {'hair': 'red'})
+    assert grown == {'hair': 'red', 'length': 'short'}
+    assert rodin.with_needed({'length': 'long'}, {'hair': 'red'}) == {'hair': 'red'}
+    assert rodin.with_needed({'length': 'bald'}, {'clothes': 'red'}) == {'clothes': 'red'}
 
 
 # Edits --------------------------------------------------------------------------------------------
@@ -238,6 +266,7 @@ def test_edits_are_where_what_they_name_is():
     assert texel(face, 1, 0, -0.1) == texel(face, 0, 0.9, 0) == texel(face, 1, 0.9, 0.5) == 0
     hair = rodin.region_of({'hair': 'red'}, 41)
     assert texel(hair, 1, 0.3, -0.3) == 1 and texel(hair, 1, 0.3, -0.7) == 0
+    assert texel(rodin.region_of({'hair': 'red'}, 41, falls=False), 1, 0.3, -0.3) == 0
     both = rodin.region_of({'hair': 'red', 'clothes': 'red'}, 41)
     assert torch.equal(both, torch.maximum(hair, rodin.region_of({'clothes': 'red'}, 41)))
     assert rodin.region_of({'sex': 'man'}, 41).min() == 1
