@@ -270,8 +270,12 @@ def fit_decoder(args, config, rank, world, device):
     count = min(config.fit_avatars, len(folders))
     folders = [folders[i * len(folders) // count] for i in range(count)]
     schedule = config
-    if count == 1:  # a single avatar cannot be forgotten: one long visit
-        schedule = dataclasses.replace(config, outer=1, inner=config.outer * config.inner)
+    if count == 1:
+        # It cannot be forgotten: one long visit. And no network will make it in low resolution
+        visits = dict(outer=1, inner=config.outer * config.inner)
+        robust = any(item.startswith('rescale=') for item in args.set)
+        rescale = config.rescale if robust else 0.0
+        schedule = dataclasses.replace(config, **visits, rescale=rescale)
 
     state_path = args.fits / 'decoder-state' / 'state.pt'
     if args.init:

@@ -642,3 +642,23 @@ def test_models_that_ship_are_packed(tmp_path, capsys):
     content['steps'][name] = content['steps'][name][:-1]
     running.write_checkpoint(tmp_path / 'base.pt', 'base', content)
     refused(lambda: running.load_model('base', tmp_path, 'cpu'), f'the steps of {name}')
+
+
+@pytest.mark.parametrize('more, expected', [
+    (['fit_avatars=2'], 0.25),
+    (['fit_avatars=1'], 0),  # a single scene: nothing is made of it in low resolution
+    (['fit_avatars=1', 'rescale=0.5'], 0.5),
+])
+def test_a_single_scene_is_not_rescaled(copy, monkeypatch, more, expected):
+    shutil.rmtree(copy / 'fits')
+    seen = []
+
+    def replay(tasks, decoder, config, **how):
+        seen.append(config.rescale)
+        rh.stop('far enough')
+
+    monkeypatch.setattr(rh, 'replay', replay)
+    with pytest.raises(rh.Stop, match='far enough'):
+        options = ['--preset', 'tiny', '--decoder', *folders_of(copy, runs=False)]
+        fit.main(fit.parse([*options, '--set', *NO_TRAINING, *more]))
+    assert seen == [expected]
