@@ -519,6 +519,7 @@ def from_portrait(name, subject, sources):
         title = name
         if len(settings) > 1:
             title = f'{name}, s={guidance:g}, {steps} steps'
+        steps = steps if args.steps else None  # else each model's own
         how = dict(guidance=guidance, steps=steps, seed=seed_of(subject.folder, args))
         fitting = likeness_steps(args, models)
         planes = likeness.avatars_of(models, image[None], fitting, alpha[None], **how)[0]
@@ -533,7 +534,8 @@ def from_model_alone(subject, sources):
     if not likeness_steps(args, models) or len(settings) > 1:
         return {}
     image = subject.portraits['generated'].image
-    guidance, steps = settings[0]
+    guidance, _ = settings[0]
+    steps = args.steps and args.steps[0]
     how = dict(guidance=guidance, steps=steps, seed=seed_of(subject.folder, args))
     planes = rh.generate(models, image[None], **how).planes[0]
     return {'sampled': Avatar(planes, models['decoder'])}

@@ -444,6 +444,11 @@ POINTS = 4096  # of every other step, that must stay empty
 WEIGHT_EMPTY = 0.1  # of the log density there,
 SOLID = 5.0  # at a distance from cells of this density
 AWAY = 1.5  # of so many cells; it grows with the distance
+POINTS_SAMPLED = 8192  # points of the sample, of which those that no photograph shows are held
+DARK = 0.1  # no photograph shows what this share of the light does not reach
+HELD = 2048  # points that stay as they are, of every other step
+WEIGHT_COLOUR = 0.5  # of the colours there,
+WEIGHT_DENSITY = 1e-2  # and of the log density
 GRID_EVERY = 20  # steps
 EMPTY_EVERY = 2
 
@@ -515,6 +520,74 @@ def fog_in(field, empty, generator):
     density, weight = (x[cell.unbind(1)] for x in empty)
     excess = torch.log(field(points)[0].clamp(min=rh.EMPTY) / density).clamp(min=0)
     return (excess * weight).mean()
+
+
+class Hidden(NamedTuple):
+    """Points of a sample that no photograph shows, and what is there."""
+
+    points: torch.Tensor  # (N, 3)
+    dirs: torch.Tensor  # (N, 3), from which they are looked at
+    density: torch.Tensor  # (N,), its logarithm
+    rgb: torch.Tensor  # (N, 3)
+
+
+def log_density(sigma):
+    return torch.log(sigma.clamp(min=rh.EMPTY))
+
+
+def light_at(points, view, field, grid):
+    """How well a View shows points (N, 3) of a field: the share (N,) of the light that comes from
+    them to the camera, 0 where they lie outside of what is known of the photograph."""
+    device = points.device
+    known = view.seen.known
+    P = known.shape[-1]
+    _, (fx, fy, cx, cy) = rh.portrait_camera(P, device)
+    pose = rh.orbit_pose(*view.angles).to(device)
+    camera = pose[:3, 3]
+    rays = points - camera
+    distance = rays.norm(dim=1)
+    rays = rays / distance[:, None]
+
+    # What lies between a point and the camera, but for the step before the point
+    delta = rh.step_length(grid.steps)
+    samples = rh.march(camera.expand_as(rays), rays, grid.steps, grid)
+    between = samples.t < distance[samples.ray_index] - delta
+    tau = torch.zeros_like(distance)
+    tau.index_add_(0, samples.ray_index, field(samples.points)[0] * delta * between)
+
+    x, y, z = (rays @ pose[:3, :3]).unbind(1)  # the camera looks along its -z
+    place = torch.stack([cx - fx * x / z, cy + fy * y / z], dim=1) * (2 / P) - 1
+    in_picture = F.grid_sample(known[None], place[None, None], align_corners=False)[0, 0, 0]
+    return torch.exp(-tau) * in_picture
+
+
+@torch.no_grad()
+def hidden_points(field, grid, views, generator):
+    """The Hidden of a sampled field, at random points of its occupied cells."""
+    device = grid.values.device
+    cells = (grid.values > rh.EMPTY).nonzero()
+    if not len(cells):
+        return None
+    pick = torch.randint(len(cells), (POINTS_SAMPLED,), generator=generator).to(device)
+    within = torch.rand(POINTS_SAMPLED, 3, generator=generator).to(device)
+    points = (cells[pick] + within) * (2 / len(grid.values)) - 1
+
+    light = torch.stack([light_at(points, view, field, grid) for view in views])
+    points = points[light.amax(0) < DARK]
+    dirs = torch.randn(len(points), 3, generator=generator).to(device)
+    dirs = F.normalize(dirs, dim=1)
+    sigma, rgb = field(points, dirs)
+    return Hidden(points, dirs, log_density(sigma), rgb) if len(points) else None
+
+
+def changes_in(field, hidden, generator):
+    """How far a field is from what a sample had at the points of a Hidden."""
+    pick = torch.randint(len(hidden.points), (HELD,), generator=generator)
+    points, dirs, density, rgb = (x[pick.to(x.device)] for x in hidden)
+    sigma, colour = field(points, dirs)
+    of_colours = F.mse_loss(colour, rgb)
+    of_density = F.mse_loss(log_density(sigma), density)
+    return WEIGHT_COLOUR * of_colours + WEIGHT_DENSITY * of_density
 
 
 def pixels_of(image):
@@ -602,8 +675,11 @@ def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
     grid, chance = first_look(planes, decoder, all_views)
     chance = chance[shown].cpu()
 
-    # What is empty in the sample stays so: there shall be no fog where there was none.
+    # What is empty in the sample stays so: there shall be no fog where there was none. And what no
+    # photograph shows stays as it was sampled: the network knows it better than corrections that
+    # reach it by chance.
     empty = emptiness_of(grid)
+    hidden = hidden_points(rh.PlaneField(planes, decoder), grid, all_views, generator)
 
     corrections = new_corrections(planes, front_alone=not views)
     adam = Adam(corrections)
@@ -628,6 +704,8 @@ def fit_one(planes, seen, decoder, steps, seed=0, report=None, views=()):
         total = loss
         if step % EMPTY_EVERY == 0:
             total = loss + EMPTY_EVERY * WEIGHT_EMPTY * fog_in(field, empty, generator)
+        elif hidden is not None:
+            total = loss + EMPTY_EVERY * changes_in(field, hidden, generator)
         adam.step(torch.autograd.grad(total, corrections), LEARNING_RATE * 0.1 ** (step / steps))
         if report:
             report(loss.item())
@@ -652,7 +730,8 @@ TOWARDS_SIDE = 64  # pixels a side that the portrait has there
 TOWARDS_RAYS = 1024  # a step of descent, of
 TOWARDS_SAMPLES = 64  # lattice points along the diagonal of the box
 TOWARDS_STEPS = 8  # of descent in each step of sampling
-TOWARDS_RATE = 1e-2
+TOWARDS_RATE = 5e-3
+SAMPLES = 2  # of which the mean is taken: what both agree upon is mostly true
 MOST_STEPS = 2 ** 17  # of sampling: more than rodinhd.LARGEST allows
 TOWARDS_LEVELS = (8, 4, 2, 1)  # corrections are planes of r/8 ... r texels a side
 
@@ -822,7 +901,7 @@ def avatars_of(
     seen = straighten(models, images, alpha, known, **how)
     seed = how.get('seed', 0)
     correct = towards(seen, models['decoder'], seed)
-    planes = rh.generate(models, seen.images, correct=correct, **how).planes
+    planes = rh.generate(models, seen.images, correct=correct, samples=SAMPLES, **how).planes
     if photographs:
         one = Seen(*(x[0] for x in seen))
         fitted, _ = fit_to_photographs(

@@ -190,13 +190,14 @@ class Config:
     final_lr: float = 1.0  # below 1: training warms up, then falls to this share along a cosine
     likeness_steps: int = 0  # of fitting a sampled avatar to its portrait (likeness.py)
     vector_steps: int = 0  # sampling steps of the base model from a vector alone; 0: sample_steps
+    up_sample_steps: int = 0  # sampling steps of the upsample model; 0: sample_steps
 
 
 SETTINGS = [field.name for field in fields(Config)]
 NOT_IN_THE_PAPERS = SETTINGS[SETTINGS.index('augment'):]
 MAY_BE_ZERO = (
     'base_views', 'components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates',
-    'vae_steps', 'vector_steps',
+    'up_sample_steps', 'vae_steps', 'vector_steps',
 )
 
 # The largest values: memory grows with these, shares are of 1, the viewer packs cells in eights
@@ -208,9 +209,9 @@ LARGEST = dict(
     base_batch=2**16, up_width=8192, up_mult=64, up_blocks=16, up_body=64, up_head_width=8192,
     up_timesteps=10**5, up_batch=2**16, patch=4096, patches=2**16, sample_steps=10**5,
     patch_grid_updates=10**4, fisher_batches=10**4, components=10**4, likeness_steps=10**5,
-    latent_width=8192, latent_drop=1, vector_steps=10**5, clip_width=1024, clip_batch=2**16,
-    prior_layers=256,
-    prior_width=2**16, prior_timesteps=10**5, prior_batch=2**16, text_batch=2**16,
+    latent_width=8192, latent_drop=1, vector_steps=10**5, up_sample_steps=10**5,
+    clip_width=1024, clip_batch=2**16, prior_layers=256, prior_width=2**16, prior_timesteps=10**5,
+    prior_batch=2**16, text_batch=2**16,
     condition_drop=1, ema=1, planes_final_lr=1, decoder_final_lr=1, final_lr=1, rescale=1,
     patch_front=1, up_density=1, base_views=2**16, refiner_width=1024, refiner_blocks=256,
     refiner_patch=4096, refiner_batch=2**16,
@@ -225,7 +226,7 @@ BRIEFLY = dict(
     silhouette_rays=1, regulariser_every=8, cull=1, planes_final_lr=0.05, decoder_final_lr=0.1,
     fog_start=1, mean_start=1, rescale=0.25, fisher_batches=16, positions=1, aligned=1,
     base_aligned=1, mirror=1, base_predict='x_start', identity_start=1, clip_grad=1.0,
-    likeness_steps=40, up_density=0.4, vector_steps=1,
+    likeness_steps=60, up_density=0.4, vector_steps=1, up_sample_steps=1,
     prior_layers=6, prior_width=128, prior_steps=1500, prior_lr=2e-3, text_steps=2500, text_lr=2e-3,
     refiner_width=32, refiner_blocks=5, refiner_patch=64, refiner_batch=4, refiner_steps=1500,
     refiner_lr=1e-3,
@@ -2862,6 +2863,9 @@ class Diffusion:
 # 10 Generation ------------------------------------------------------------------------------------
 # The cascade: a portrait is encoded, the base network makes low-resolution planes of noise, and the
 # upsample network planes of these and more noise.
+FAR_SEED = 2 ** 24  # between the seeds of several samples of an avatar; of seeds, 32 bits count
+
+
 class Avatars(NamedTuple):
     planes: torch.Tensor  # (B, 3, C, R, R) in [-1, 1]
     low: torch.Tensor  # the low-resolution planes that they were made of, (B, 3, C, r, r)
@@ -2915,15 +2919,26 @@ def sample_stage(
 
 
 def generate(
-    models, portrait, guidance=None, steps=None, seed=0, mix=None, correct=None, quick=False, **how
+    models,
+    portrait,
+    guidance=None,
+    steps=None,
+    seed=0,
+    mix=None,
+    correct=None,
+    samples=1,
+    quick=False,
+    **how,
 ):
     """The whole cascade -> Avatars.
 
     models: {'vae', 'base', 'upsample'}. portrait: images (B, 3, P, P) in [-1, 1], a Portrait (such
     as `nobody` makes of a vector), or a number of avatars of nobody. guidance: of the base model,
     by default its own. steps: of each model, by default its own. seed, mix: see sample_stage.
-    correct: of Diffusion.sample, for the base model. quick: without the upsample model, so that the
-    planes are the low-resolution ones, enlarged. how: eta, watch, progress of Diffusion.sample.
+    correct: of Diffusion.sample, for the base model. samples: of how many of its samples the
+    low-resolution planes are the mean, which is nearer to the truth than each of them. quick:
+    without the upsample model, so that the planes are the low-resolution ones, enlarged. how: eta,
+    watch, progress of Diffusion.sample.
     """
     base = models['base']
     config = base.config
@@ -2944,9 +2959,16 @@ def generate(
     of_base = dict(how)
     if not steps and of_vector(portrait):
         of_base['steps'] = config.vector_steps
-    low = sample_stage('base', base, portrait, guidance=guidance, correct=correct, **of_base)
+    found = []
+    for k in range(samples):
+        of_base['seed'] = seed + k * FAR_SEED
+        low = sample_stage('base', base, portrait, guidance=guidance, correct=correct, **of_base)
+        found.append(low)
+    low = torch.stack(found).mean(0)
     if quick:
         return Avatars(resize_planes(low, models['upsample'].config.resolution), low)
+    if not steps:
+        how['steps'] = models['upsample'].config.up_sample_steps
     planes = sample_stage('upsample', models['upsample'], portrait, low, **how)
     return Avatars(softened(planes, low, models['upsample'].config), low)
 

@@ -547,6 +547,8 @@ def sample(models, given, count, args, photographs=(), vectors=None):
             found_by = {**how, 'progress': bars('finding the person', ['base'])}
             seen = straighten(models, given._replace(images=images), parts, found_by)
             images = seen.images
+            how['samples'] = likeness.SAMPLES
+            how['progress'] = bars('sampling', ['base'] * likeness.SAMPLES + ['upsample'])
 
         total = count
         if given and not args.interpolate:

@@ -64,7 +64,7 @@ class Table(NamedTuple):
 # images, and without what is kept of the upsampled density and the one step of vectors
 PAPERS = [
     'components=0', 'aligned=0', 'base_aligned=0', 'base_views=0', 'mirror=0', 'up_density=1',
-    'vector_steps=0',
+    'vector_steps=0', 'up_sample_steps=0',
 ]
 # None of our shortcuts is left: the papers' choices alone, which noise prediction is the first of
 NOISE = [

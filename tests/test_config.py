@@ -33,10 +33,11 @@ OFF = {  # what each setting that is not in the papers is in `paper`
     'final_lr': 1,
     'likeness_steps': 0,
     'vector_steps': 0,
+    'up_sample_steps': 0,
 }
 ZERO_IS_OFF = (
     'base_views', 'components', 'latent_width', 'likeness_steps', 'patches', 'patch_grid_updates',
-    'vae_steps', 'vector_steps',
+    'up_sample_steps', 'vae_steps', 'vector_steps',
 )
 SETTINGS = [field for field in fields(rh.Config) if field.name != 'preset']
 

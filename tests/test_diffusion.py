@@ -334,3 +334,22 @@ def test_avatars_of_a_vector_take_steps_of_their_own(tiny):
         calls = []
         rh.generate(models, portrait, steps=steps, quick=True, watch=calls.append)
         assert len(calls) == expected
+
+
+def test_low_resolution_planes_are_the_mean_of_samples(tiny):
+    models = {kind: running.build(kind, tiny).eval() for kind in ('vae', 'base', 'upsample')}
+    torch.nn.init.normal_(models['base'].conv_out.weight, std=0.1)  # which is zero at first
+    how = dict(steps=2, quick=True)
+    first, second = (rh.generate(models, 1, seed=s, **how).low for s in (3, 3 + rh.FAR_SEED))
+    both = rh.generate(models, 1, seed=3, samples=2, **how).low
+    assert not torch.equal(first, second)
+    assert torch.allclose(both, (first + second) / 2, atol=1e-6)
+
+
+def test_the_upsample_model_takes_steps_of_its_own(tiny):
+    config = rh.make_config('tiny', ['sample_steps=3', 'up_sample_steps=2'])
+    models = {kind: running.build(kind, config).eval() for kind in ('vae', 'base', 'upsample')}
+    for steps, expected in ((None, 3 + 2), (1, 1 + 1)):
+        calls = []
+        rh.generate(models, 1, steps=steps, watch=calls.append)
+        assert len(calls) == expected

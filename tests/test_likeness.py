@@ -210,7 +210,7 @@ def shipped():
     small = rh.make_config('small')
     for stage in ('base', 'upsample'):
         assert models[stage].config.sample_steps == small.sample_steps
-    assert models['base'].config.likeness_steps == small.likeness_steps == 40
+    assert models['base'].config.likeness_steps == small.likeness_steps == 60
 
     prior = models['base'].prior
     mean = prior.mean[0].detach()
@@ -286,6 +286,42 @@ def test_corrections_are_added_from_coarse_to_fine():
     assert torch.allclose(total, expected.expand_as(total))
 
 
+def test_light_reaches_what_a_photograph_shows(shipped):
+    """A camera sees what is before a person, not what is behind, nor what is not known."""
+    field = rh.PlaneField(shipped.mean, shipped.decoder)
+    grid = rh.grid_for(field, shipped.decoder.config)
+    whole = likeness.Seen(*torch.ones(3, 1, 64, 64))
+    before, behind = torch.tensor([0.0, -0.9, 0.4]), torch.tensor([0.0, 0.9, 0.4])
+    points = torch.stack([before, behind])
+
+    def light(azimuth, seen):
+        return likeness.light_at(points, likeness.View(seen, (azimuth, 0)), field, grid)
+
+    assert light(0, whole).tolist() == pytest.approx([1, 0], abs=0.02)
+    assert light(180, whole).tolist() == pytest.approx([0, 1], abs=0.02)
+    known = whole.known.clone()
+    known[:, :32] = 0  # the upper half, where the points are
+    assert light(0, whole._replace(known=known))[0] == 0
+
+
+def test_what_the_portrait_does_not_show_stays_as_it_was_sampled(shipped, monkeypatch):
+    view, opacity = portrait_of(shipped.other, shipped.decoder)
+    seen = likeness.Seen(view * 2 - 1, opacity, torch.ones(1, 64, 64))
+    field = rh.PlaneField(shipped.mean, shipped.decoder)
+    grid = rh.grid_for(field, shipped.decoder.config)
+    generator = torch.Generator().manual_seed(0)
+    hidden = likeness.hidden_points(field, grid, [likeness.View(seen)], generator)
+    assert len(hidden.points) > 1000
+
+    def change():
+        fitted = likeness.fit_one(shipped.mean, seen, shipped.decoder, 12)
+        return likeness.changes_in(rh.PlaneField(fitted, shipped.decoder), hidden, generator)
+
+    held = change()
+    monkeypatch.setattr(likeness, 'hidden_points', lambda *_: None)
+    assert held < 0.5 * change()
+
+
 def test_rays_go_where_the_sample_is_wrong(shipped):
     view, opacity = portrait_of(shipped.mean, shipped.decoder)
     wrong = view.clone()
@@ -351,7 +387,7 @@ def test_avatars_are_fitted_as_long_as_the_model_says(tiny, portrait, monkeypatc
     assert torch.equal(likeness.avatars_of(models, portrait[None]), sampled + 1)
     assert torch.equal(likeness.avatars_of(models, portrait[None], 3), sampled + 1)
     assert torch.equal(likeness.avatars_of(models, portrait[None], 0), sampled)
-    assert steps == [tiny.likeness_steps, 3] == [40, 3]
+    assert steps == [tiny.likeness_steps, 3] == [60, 3]
 
 
 def test_sampling_goes_towards_what_the_portrait_shows(tiny):
