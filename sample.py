@@ -397,15 +397,17 @@ def fit(planes, seen, decoder, steps):
         return likeness.fit_to_portrait(planes, seen, decoder, steps, report=report)
 
 
-def fit_to_all(planes, seen, photographs, decoder, steps):
-    """Fits planes (B, 3, C, R, R) to one portrait, a Seen of one, and to further photographs."""
+def fit_to_all(models, planes, seen, photographs, steps, how):
+    """Fits planes (B, 3, C, R, R) to one portrait, a Seen of one, and to further photographs; how:
+    see rh.generate, of the first of them."""
     portrait = likeness.Seen(*(x[0] for x in seen))
     each = steps + likeness.steps_for(steps, photographs)
     fitted = []
     with fitting_bar(len(planes) * each) as report:
-        for one in planes:
+        for k, one in enumerate(planes):
+            of_this = {**how, 'seed': how['seed'] + k}
             planes_of_one, views = likeness.fit_to_photographs(
-                one, portrait, photographs, decoder, steps, report=report
+                models, one, portrait, photographs, steps, report, **of_this
             )
             fitted.append(planes_of_one)
     for k, (photograph, view) in enumerate(zip(photographs, views), start=1):
@@ -581,7 +583,7 @@ def sample(models, given, count, args, photographs=(), vectors=None):
         if args.interpolate:
             planes = fit_passage(planes, seen, share, decoder, args.refine)
         elif photographs:
-            planes = fit_to_all(planes, seen, photographs, decoder, args.refine)
+            planes = fit_to_all(models, planes, seen, photographs, args.refine, how)
         else:
             planes = fit_each(planes, seen, decoder, args.refine)
         low = rh.resize_planes(planes, low.shape[-1])

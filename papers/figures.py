@@ -718,7 +718,8 @@ def fitted_to_photographs(folder, models, box, args):
     found = likeness.find_views(planes[1], decoder, sides)
     for n in (1, 2):
         more = likeness.steps_for(steps, found[:n])
-        planes[1 + n] = likeness.fit_one(planes[1], seen, decoder, more, views=found[:n])
+        again = likeness.sample_towards(models, seen, found[:n], seed=args.seed)
+        planes[1 + n] = likeness.fit_one(again, seen, decoder, more, views=found[:n])
     angles = [view.angles for view in found]
     images = [portrait[0], *(side.image for side in sides)]
     return FromPhotographs(planes, images, [side.azimuth for side in sides], angles)

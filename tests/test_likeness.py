@@ -276,7 +276,7 @@ def test_fitting_makes_the_front_view_the_portrait(shipped):
 def test_corrections_are_added_from_coarse_to_fine():
     """Constants stay what they are at any size; what is fine is of the plane xz alone."""
     planes = torch.full((3, 2, 32, 32), 0.1)
-    corrections = likeness.new_corrections(planes, (2, 1), front_alone=True)
+    corrections = likeness.new_corrections(planes, (2, 1))
     assert [tuple(x.shape) for x in corrections] == [(3, 2, 16, 16), (1, 2, 32, 32)]
     with torch.no_grad():
         for value, correction in zip((0.2, 0.9), corrections, strict=True):
@@ -432,12 +432,10 @@ def test_what_is_beyond_the_edge_is_shown_as_training_shows_it():
 
 
 def test_fine_corrections_are_of_the_plane_that_the_front_shows():
-    """Of 4 and 16 texels for all three planes, of 32 for xz alone; with further views for all."""
+    """Of 4 and 16 texels for all three planes, of 32 for xz alone."""
     planes = torch.zeros(3, 4, 32, 32)
     counts = [len(x) for x in likeness.new_corrections(planes, (8, 2, 1))]
     assert counts == [3, 3, 1]
-    everywhere = likeness.new_corrections(planes, (8, 2, 1), front_alone=False)
-    assert [len(x) for x in everywhere] == [3, 3, 3]
 
     one = torch.full((1, 4, 32, 32), 0.25)
     three = torch.full((3, 4, 4, 4), 0.5)
