@@ -111,24 +111,43 @@ def normals_of(mesh):
 
 
 # 2 Colours ----------------------------------------------------------------------------------------
-# The decoder colours the surface: each point as it is seen along the normal. A mesh of few
-# triangles carries them in a texture, which has more texels than the mesh has vertices.
+# The field colours the surface: each point as it is seen along the normal. Where the density rises
+# slowly, as in hair, this is not the colour of any one point. A mesh of few triangles carries the
+# colours in a texture, which has more texels than the mesh has vertices.
 TEXTURE = 1024  # texels a side
 TRIANGLES = 10_000  # of a mesh with a texture
 COLOURS = 2**16  # points that the decoder is asked for in one go
-DEPTH = 0.01  # below the surface, of the points that are asked for
+ABOVE, BELOW = 0.02, 0.05  # the surface: where the rays that colour it begin and end,
+LAYERS = 8  # points on each of them, from that on
+LEAST_LIGHT = 0.05  # with which one is asked for
 
 
 @torch.no_grad()
 def colours_at(field, points, normals, device):
-    """Returns the colours (N, 3) uint8 of points (N, 3) of a surface: those of the field a little
-    below them, seen along the normals (N, 3)."""
+    """Returns the colours (N, 3) uint8 of points (N, 3) of a surface: what somebody sees of the
+    field who looks at them along the normals (N, 3)."""
     points = torch.tensor(points, dtype=torch.float32, device=device)
     normals = torch.tensor(normals, dtype=torch.float32, device=device)
-    below = (points.clamp(-1, 1) - DEPTH * normals).clamp(-1, 1)
-    parts = zip(below.split(COLOURS), normals.split(COLOURS))
-    colours = torch.cat([field(some, -normal)[1] for some, normal in parts])
+    parts = zip(points.split(COLOURS), normals.split(COLOURS))
+    colours = torch.cat([seen_along(field, some, normal) for some, normal in parts])
     return (colours.clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def seen_along(field, points, normals):
+    """Colours (n, 3) of rays against the normals (n, 3) of points (n, 3), from a little above
+    these to a little below: of the light that is lost on the way, whose share is not."""
+    colours = torch.zeros_like(points)
+    light = torch.ones(len(points), device=points.device)
+    for height in torch.linspace(ABOVE, -BELOW, LAYERS).tolist():
+        lit = (light > LEAST_LIGHT).nonzero()[:, 0]
+        normal = normals[lit]
+        places = (points[lit] + height * normal).clamp(-1, 1)
+        density, colour = field(places, -normal)
+        left = torch.exp(-density * (ABOVE + BELOW) / (LAYERS - 1))
+        lost = light[lit] * (1 - left)
+        colours[lit] += lost[:, None] * colour
+        light[lit] *= left
+    return colours / (1 - light).clamp(min=1e-6)[:, None]
 
 
 def unwrapped(mesh):
