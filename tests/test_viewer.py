@@ -277,7 +277,7 @@ def test_a_slow_browser_keeps_the_frames(browser, viewer):
     page, messages = show(browser, viewer[0], suffix='#frames')
     page.wait_for_function("document.getElementById('hint').textContent.includes('frames')")
     assert page.evaluate('sizes(0.65, 512)') is None
-    assert page.evaluate('sizes(0.01, 512)') == {'moving': 83, 'rest': 200}
+    assert page.evaluate('sizes(0.01, 512)') == {'moving': 83, 'rest': 158}
     assert page.evaluate('sizes(1e-5, 2000)') == {'moving': 512, 'rest': 512}
     assert not messages
     page.close()
