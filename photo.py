@@ -553,7 +553,13 @@ def read_view(path, size, azimuth, align_it=None, sheet=None):
     image = scenes.open_image(path)
     portrait = scenes.portrait_in_floats(scenes.portrait_pixels(path, image, size))
     as_it_is = Aligned(*portrait, torch.ones_like(portrait[1]))
-    if align_it is False or faces.network() is None:
+    if align_it is False:
+        return as_it_is
+    if faces.network() is None:
+        if align_it or not on_plain_ground(portrait):
+            rh.note(
+                f'{path}: taken as it is; to find a face from the side: {faces.INSTALL}'
+            )
         return as_it_is
 
     found = faces.faces_from(image, azimuth) if abs(azimuth) < SIDEWARDS else []

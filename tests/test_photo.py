@@ -353,6 +353,18 @@ def test_a_cut_out_view_stays_as_it_is():
     assert torch.equal(seen.rgb, scenes.read_portrait(path, 64)[0])
 
 
+def test_without_mtcnn_a_photographed_view_is_taken_as_it_is_and_a_line_says_so(
+    astronaut, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(faces, 'network', lambda: None)
+    path = tmp_path / 'b.png'
+    astronaut.reduce(4).save(path)
+    photo.read_view(path, 64, 40)
+    photo.read_view(ROOT / 'examples' / 'smile.png', 64, 40)
+    said, = capsys.readouterr().err.splitlines()
+    assert said.startswith(f'note: {path}: taken as it is') and faces.INSTALL in said
+
+
 # Crops by hand ------------------------------------------------------------------------------------
 def test_a_crop_by_hand_looks_for_no_face(astronaut, tmp_path, monkeypatch):
     monkeypatch.setattr(faces, 'find_faces', None)
