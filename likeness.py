@@ -453,18 +453,18 @@ GRID_EVERY = 20  # steps
 EMPTY_EVERY = 2
 
 
-def new_corrections(planes, levels=LEVELS):
+def new_corrections(planes, levels=LEVELS, front_alone=True):
     """Zeros (3, C, r, r) for each level of planes (3, C, R, R), to be optimised.
 
-    Those of more than COARSE texels a side are (1, C, r, r), of the xz plane: texels of the others
-    would leave rows and columns of streaks, which show from aside; even where two or three
-    photographs are given, which leave as much unseen (0.8 dB worse with one further photograph).
+    With front_alone those of more than COARSE texels a side are (1, C, r, r), of the xz plane:
+    texels of the others would leave rows and columns of streaks, which show from aside; even where
+    two or three photographs are given, which leave much unseen (0.7 dB worse with two).
     """
     C, R = planes.shape[1:3]
     corrections = []
     for level in levels:
         r = max(R // level, 2)
-        count = 1 if r > COARSE else len(planes)
+        count = 1 if front_alone and r > COARSE else len(planes)
         correction = torch.zeros(count, C, r, r, device=planes.device, requires_grad=True)
         corrections.append(correction)
     return corrections
@@ -872,17 +872,17 @@ def sample_towards(models, seen, views, **how):
     return rh.generate(models, one.images, correct=correct, **how).planes[0]
 
 
-def fit_to_photographs(models, planes, seen, photographs, steps, report=None, **how):
+def fit_to_photographs(models, planes, seen, photographs, refine_steps, report=None, **how):
     """Makes planes (3, C, R, R) of one avatar what a portrait, the Seen of a single one, and
-    further Photographs show: fits them to the portrait in `steps` steps, samples them anew, and
+    further Photographs show: fits them to the portrait in `refine_steps`, samples them anew, and
     fits these to all in MORE_STEPS times as many for each further one. Returns the planes, and the
     Views that were found. how: see rh.generate."""
     decoder = models['decoder']
     seed = how.get('seed', 0)
-    fitted = fit_one(planes, seen, decoder, steps, seed, report)
+    fitted = fit_one(planes, seen, decoder, refine_steps, seed, report)
     views = find_views(fitted, decoder, photographs)
     sampled = sample_towards(models, seen, views, **how)
-    more = steps_for(steps, photographs)
+    more = steps_for(refine_steps, photographs)
     return fit_one(sampled, seen, decoder, more, seed, report, views), views
 
 

@@ -432,10 +432,12 @@ def test_what_is_beyond_the_edge_is_shown_as_training_shows_it():
 
 
 def test_fine_corrections_are_of_the_plane_that_the_front_shows():
-    """Of 4 and 16 texels for all three planes, of 32 for xz alone."""
+    """Of 4 and 16 texels for all three planes, of 32 for xz alone, or for all where asked for."""
     planes = torch.zeros(3, 4, 32, 32)
     counts = [len(x) for x in likeness.new_corrections(planes, (8, 2, 1))]
     assert counts == [3, 3, 1]
+    everywhere = likeness.new_corrections(planes, (8, 2, 1), front_alone=False)
+    assert [len(x) for x in everywhere] == [3, 3, 3]
 
     one = torch.full((1, 4, 32, 32), 0.25)
     three = torch.full((3, 4, 4, 4), 0.5)
