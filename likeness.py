@@ -869,6 +869,7 @@ def sample_towards(models, seen, views, **how):
     """Samples planes (3, C, R, R) towards a portrait, the Seen of a single one, and Views."""
     one = Seen(*(x[None] for x in seen))
     correct = towards(one, models['decoder'], how.get('seed', 0), views=views)
+    how = {'samples': SAMPLES, **how}
     return rh.generate(models, one.images, correct=correct, **how).planes[0]
 
 

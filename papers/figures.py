@@ -709,9 +709,8 @@ def fitted_to_photographs(folder, models, box, args):
     decoder = models['decoder']
     steps = models['base'].config.likeness_steps
     seen = likeness.straighten(models, portrait, alpha[None], seed=args.seed)
-    correct = likeness.towards(seen, decoder, args.seed)
-    sampled = rh.generate(models, seen.images, seed=args.seed, correct=correct).planes[0]
     seen = likeness.Seen(*(x[0] for x in seen))
+    sampled = likeness.sample_towards(models, seen, (), seed=args.seed)
 
     # What likeness.fit_to_photographs does, whose beginning is the same for all
     planes = {1: likeness.fit_one(sampled, seen, decoder, steps)}
