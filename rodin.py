@@ -363,10 +363,10 @@ WORN = ('clothes', 'shade', 'outfit', 'pattern')
 EVERYWHERE = ('sex', 'group')
 
 
-def region_of(changes, R, falls=True):
+def region_of(changes, R):
     """Where changes (facts) may change an avatar: weights (3, 1, R, R) in 0..1 of its planes.
 
-    Clothes are below the neck, all else is above it, but hair that falls, to the chest at most;
+    Clothes are below the neck, all else is above it, but long hair, which may fall to the chest;
     sex and group are everywhere. The xy plane knows no height: there the rest of the body counts
     for clothes, and the head's own place for a third.
     """
@@ -385,9 +385,9 @@ def region_of(changes, R, falls=True):
         worn[0] = 1 - around_head * 2 / 3
         worn[1:] = ramp(NECK - axis)[:, None]
     if any(factor not in WORN for factor in changes):
-        below = 0.5 if falls and {'hair', 'length'} & changes.keys() else 0
+        falls = 0.5 if {'hair', 'length'} & changes.keys() else 0
         head[0] = around_head
-        head[1:] = ramp(axis - NECK + below)[:, None] * inner
+        head[1:] = ramp(axis - NECK + falls)[:, None] * inner
     return torch.maximum(worn, head)[:, None]
 
 

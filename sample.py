@@ -498,16 +498,11 @@ def strip_of(models, planes, z, changes, strength, how):
         made = torch.cat(made)
         moved = (planes + where * (made - made[:1])).clamp(-1, 1)
 
+    # not by `where`: on planes, what is painted and what is kept are not told apart by place alone
     full = moved[STRENGTHS.index(1.0)]
-    where = rodin.region_of(changes, planes.shape[-1], hair_falls(clip, z, changes)).to(planes)
-    colours = where * (paint.recoloured(full, models['decoder'], changes) - full)
+    colours = paint.recoloured(full, models['decoder'], changes) - full
     share = torch.tensor(strengths).to(planes).clamp(max=1).view(-1, 1, 1, 1, 1)
     return (moved + share * colours).clamp(-1, 1)
-
-
-def hair_falls(clip, z, changes):
-    """Whether the hair of who has a vector z (D,) falls below the neck, after changes (facts)."""
-    return (rodin.facts_seen(clip, z) | changes).get('length') in ('long', 'big')
 
 
 def with_planes(sampled, planes):

@@ -266,7 +266,6 @@ def test_edits_are_where_what_they_name_is():
     assert texel(face, 1, 0, -0.1) == texel(face, 0, 0.9, 0) == texel(face, 1, 0.9, 0.5) == 0
     hair = rodin.region_of({'hair': 'red'}, 41)
     assert texel(hair, 1, 0.3, -0.3) == 1 and texel(hair, 1, 0.3, -0.7) == 0
-    assert texel(rodin.region_of({'hair': 'red'}, 41, falls=False), 1, 0.3, -0.3) == 0
     both = rodin.region_of({'hair': 'red', 'clothes': 'red'}, 41)
     assert torch.equal(both, torch.maximum(hair, rodin.region_of({'clothes': 'red'}, 41)))
     assert rodin.region_of({'sex': 'man'}, 41).min() == 1
