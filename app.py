@@ -59,7 +59,7 @@ def page(models):
         inputs = [gr.File(label='Photographs', file_count='multiple', file_types=['image']),
                   gr.Textbox(label='or a sentence, such as: a man with red hair in a green shirt')]
         button = gr.Button('Make avatars', variant='primary')
-        places = {'crop': gr.Gallery(label='What the model sees', height=280, columns=3),
+        places = {'crop': gr.Gallery(label='What the model sees', height=280, object_fit='contain'),
                   'picture': gr.Image(label='The avatar', format='png'), 'viewer': gr.HTML(),
                   'turning': gr.Image(label='It turns, and is synthetic'),
                   'files': gr.File(label='To download', file_count='multiple')}
