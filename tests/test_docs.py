@@ -172,7 +172,15 @@ def test_the_main_table_is_that_of_the_results(page):
     results/evaluate.json, an earlier measurement that knew fewer metrics."""
     found = json.loads((ROOT / 'results' / 'portraits.json').read_text())
     earlier = json.loads((ROOT / 'results' / 'evaluate.json').read_text())['mean']
-    digits = {'PSNR': 2, 'PSNR at 45-135': 1, 'SSIM': 3, 'VAE': 3, 'IoU': 3, 'front': 1}
+    digits = {
+        'PSNR': 2,
+        'PSNR at 45-135': 1,
+        'SSIM': 3,
+        'ST-LPIPS': 3,
+        'CSIM (dlib)': 3,
+        'IoU': 3,
+        'front': 1,
+    }
     means = {'fitted': earlier['fitted'], **found['mean'], 'mean': earlier['mean']}
     expected = []
     for name, scores in means.items():
@@ -183,7 +191,8 @@ def test_the_main_table_is_that_of_the_results(page):
             row[0] += f' ± {found["standard_error"][name]["PSNR"]:.2f}'
         expected.append(row)
 
-    head = '| | PSNR | from 45-135° | SSIM | VAE distance | outlines (IoU) | front |'
+    columns = 'PSNR | from 45-135° | SSIM | ST-LPIPS | CSIM (dlib) | outlines (IoU) | front'
+    head = f'| | {columns} |'
     _, _, below = page.read_text().partition(f'{head}\n')
     rows = below.partition('\n\n')[0].splitlines()[1:]
     assert [[cell.strip() for cell in row.split('|')[2:-1]] for row in rows] == expected
