@@ -493,6 +493,11 @@ def corrected(planes, corrections):
     return total.clamp(-1, 1)
 
 
+def log_density(sigma):
+    """The logarithm of densities, of which those below rh.EMPTY count as that."""
+    return torch.log(sigma.clamp(min=rh.EMPTY))
+
+
 class Emptiness(NamedTuple):
     """Where a sample is empty, or nearly so, by the cells of its grid."""
 
@@ -519,7 +524,7 @@ def fog_in(field, empty, generator):
     within = torch.rand(POINTS, 3, generator=generator).to(device)
     points = (cell + within) * (2 / G) - 1
     density, weight = (x[cell.unbind(1)] for x in empty)
-    excess = torch.log(field(points)[0].clamp(min=rh.EMPTY) / density).clamp(min=0)
+    excess = (log_density(field(points)[0]) - log_density(density)).clamp(min=0)
     return (excess * weight).mean()
 
 
@@ -530,10 +535,6 @@ class Hidden(NamedTuple):
     dirs: torch.Tensor  # (N, 3), from which they are looked at
     density: torch.Tensor  # (N,), its logarithm
     rgb: torch.Tensor  # (N, 3)
-
-
-def log_density(sigma):
-    return torch.log(sigma.clamp(min=rh.EMPTY))
 
 
 def light_at(points, view, field, grid):

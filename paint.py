@@ -209,22 +209,24 @@ def part_of(share, colour, shown, views, features, weights, decoder, generator):
     return Part(share, colour - shown, other - usual)
 
 
-def recoloured(planes, decoder, facts, seed=0):
-    """Planes (3, C, R, R) whose hair and clothes have the colours that facts name.
+class Wanted(NamedTuple):
+    """The S samples that make an avatar's views, and what they shall have."""
+    points: torch.Tensor  # (S, 3)
+    dirs: torch.Tensor  # (S, 3), from where they are looked at
+    features: torch.Tensor  # (S, C)
+    colours: torch.Tensor  # (S, 3)
+    chance: torch.Tensor  # (S,), of being looked at in a step
 
-    From black to white a decoder has no straight way: descending on colours ends in blue. So the
-    first half of the steps descends on features, of which others are known that give the colour.
-    """
-    if not facts.keys() & PAINTED and facts.get('length') != 'bald':
-        return planes
-    generator = torch.Generator().manual_seed(seed)
+
+def wanted_of(planes, decoder, facts, generator):
+    """What planes (3, C, R, R) shall have where facts name a colour -> Wanted; None where they
+    show no head and shoulders."""
     field = frozen.freeze(planes, decoder)
     views = [look(field, angles, decoder.config.steps // 2) for angles in ANGLES]
     palette = palette_of(views[0])
     if palette is None:
-        return planes
+        return None
 
-    # The samples of all views, and the features and colours that they shall have
     points, dirs, weights = (torch.cat([getattr(v, x) for v in views])
                              for x in ('points', 'dirs', 'weights'))
     with torch.no_grad():
@@ -239,11 +241,26 @@ def recoloured(planes, decoder, facts, seed=0):
         features = features + share[:, None] * part.features
         colours = colours + share[:, None] * part.colour
         change = change + share * part.colour.norm()
-    colours = colours.clamp(0, 1)
 
+    # Half of the points are where colours change; of the others, faces are looked at more often
     face = torch.cat([face_of(view)[view.pixel] for view in views])
     chance = torch.stack([weights * (1 + FACES * face), weights * change])
-    chance = (chance / chance.sum(1, keepdim=True).clamp(min=1e-6)).mean(0).cpu()
+    chance = (chance / chance.sum(1, keepdim=True).clamp(min=1e-6)).mean(0)
+    return Wanted(points, dirs, features, colours.clamp(0, 1), chance.cpu())
+
+
+def recoloured(planes, decoder, facts, seed=0):
+    """Planes (3, C, R, R) whose hair and clothes have the colours that facts name.
+
+    From black to white a decoder has no straight way: descending on colours ends in blue. So the
+    first half of the steps descends on features, of which others are known that give the colour.
+    """
+    if not facts.keys() & PAINTED and facts.get('length') != 'bald':
+        return planes
+    generator = torch.Generator().manual_seed(seed)
+    wanted = wanted_of(planes, decoder, facts, generator)
+    if wanted is None:
+        return planes
 
     density = planes.shape[1] // 4
     corrections = likeness.new_corrections(planes[:, :-density], front_alone=False)
@@ -254,12 +271,13 @@ def recoloured(planes, decoder, facts, seed=0):
         return torch.cat([of_colour, planes[:, -density:]], dim=1)
 
     for step in range(STEPS):
-        pick = torch.multinomial(chance, POINTS, replacement=True, generator=generator)
-        found = rh.sample_planes(changed(), points[pick])
+        pick = torch.multinomial(wanted.chance, POINTS, replacement=True, generator=generator)
+        found = rh.sample_planes(changed(), wanted.points[pick])
         if step < STEPS // 2:
-            loss = (found - features[pick]).square().mean()
+            loss = (found - wanted.features[pick]).square().mean()
         else:
-            loss = (decoder(found, dirs[pick])[1] - colours[pick]).square().mean()
+            colours = decoder(found, wanted.dirs[pick])[1]
+            loss = (colours - wanted.colours[pick]).square().mean()
         adam.step(torch.autograd.grad(loss, corrections), RATE * 0.1 ** (step / STEPS))
     return changed().detach()
 
