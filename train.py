@@ -525,6 +525,45 @@ def backward(stage, model, samples, parts, weight, alone, bf16):
     return total
 
 
+def settings_of(args, config, batch, bf16, items):
+    """What a run has to have in common with the one that it goes on with, a dict."""
+    names = '\n'.join(items.names())
+    return {
+        **vars(config),
+        'batch': batch,
+        'seed': args.seed,
+        'bf16': bf16,
+        'data': zlib.crc32(names.encode(errors='surrogateescape')),
+        'init': args.init and str(args.init),
+    }
+
+
+def recomputes(stage, config, network, parts, bf16, device):
+    """Whether a network on a GPU recomputes activations, as its memory asks for; parts: of
+    batches.shares."""
+    free, _ = torch.cuda.mem_get_info(device)
+    available = free + 12 * sum(p.numel() for p in network.parameters())  # it is there already
+    most = max(map(len, parts))
+    return running.fit_memory(stage, config, most, bf16, available)
+
+
+def show_learned(args, steps, ema, picture, device):
+    """Writes the picture of what a stage has learned in so many steps."""
+    trained = ema.shadow
+    if args.stage != 'lora':
+        trained = running.load_model(args.stage, args.runs, device)
+    path = watching.picture_path(args.runs, args.stage, steps)
+    write_picture(path, picture(trained))
+
+
+def say_last(args, steps, log):
+    """Says what was written, how good it is, and what comes next."""
+    suffix = '.safetensors' if args.stage == 'lora' else '.pt'
+    weights = args.runs / f'{args.stage}{suffix}'
+    pictures = watching.picture_path(args.runs, args.stage, steps)
+    watching.last_line(args, steps, [weights, log, pictures])
+
+
 def train(args, config, rank, world, device):
     prefix = 'up' if args.stage == 'upsample' else args.stage
     steps = getattr(config, f'{prefix}_steps')
@@ -549,15 +588,7 @@ def train(args, config, rank, world, device):
     # Go on with an interrupted run, if it was the same run
     state_path = args.runs / f'{args.stage}-state.pt'
     log = args.runs / f'{args.stage}.jsonl'
-    names = '\n'.join(data.items.names())
-    settings = {
-        **vars(config),
-        'batch': batch,
-        'seed': args.seed,
-        'bf16': bf16,
-        'data': zlib.crc32(names.encode(errors='surrogateescape')),
-        'init': args.init and str(args.init),
-    }
+    settings = settings_of(args, config, batch, bf16, data.items)
     begin = resume(
         state_path, steps, settings, made_with, network, optimizer, ema, finite, log
     )
@@ -567,10 +598,7 @@ def train(args, config, rank, world, device):
     model, alone = running.parallel(network, device)
     parts, weight = batches.shares(batch, rank, world, args.micro_batch)
     if device.type == 'cuda' and args.stage in ('base', 'upsample'):
-        free, _ = torch.cuda.mem_get_info(device)
-        available = free + 12 * sum(p.numel() for p in network.parameters())  # it is there already
-        most = max(map(len, parts))
-        network.checkpoint = running.fit_memory(args.stage, config, most, bf16, available)
+        network.checkpoint = recomputes(args.stage, config, network, parts, bf16, device)
     indices = batches.indices(len(data.items), batch, begin, steps, args.seed, parts)
     fixed = None
     if rank == 0:
@@ -628,16 +656,9 @@ def train(args, config, rank, world, device):
         if rank == 0 and shown:
             with chores.doing(), torch.no_grad():
                 behind.wait()
-                trained = ema.shadow
-                if args.stage != 'lora':
-                    trained = running.load_model(args.stage, args.runs, device)
-                path = watching.picture_path(args.runs, args.stage, step + 1)
-                write_picture(path, picture(trained))
+                show_learned(args, step + 1, ema, picture, device)
     if rank == 0:
-        suffix = '.safetensors' if args.stage == 'lora' else '.pt'
-        weights = args.runs / f'{args.stage}{suffix}'
-        pictures = watching.picture_path(args.runs, args.stage, steps)
-        watching.last_line(args, steps, [weights, log, pictures])
+        say_last(args, steps, log)
     dist.barrier()
 
 
